@@ -1,0 +1,354 @@
+"""Trains the embedded text-to-video model, data/tiny, on the tiny world of world.py.
+
+    python data/make_tiny.py                    all stages, one after the other, into out/tiny, then to data/tiny
+    python data/make_tiny.py --stage vae        one of them
+
+Every stage writes its state twice a minute and goes on from it after an interruption. A stage that starts without a
+state begins from data/tiny if that is there (`--fresh`: from random weights), so later sittings improve on earlier ones.
+
+    vae      the autoencoder                    L1 + MSE + 1e-5 KL on single frames
+    clip     tiny CLIP, whose text tower is     contrastive: which caption belongs to which frame
+             the video model's text encoder
+    images   the UNet on single frames          v-prediction, min-SNR weights: appearance is cheap to learn here
+    clips8   the UNet on 8 frames               the same loss: motion
+    clips    the UNet on 16 frames              the same loss
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import eval_mi                                                                           # noqa: E402
+import mini_mi                                                                           # noqa: E402
+import world                                                                             # noqa: E402
+
+TINY = HERE / "tiny"
+
+VAE = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4,
+           block_out_channels=[16, 32, 64, 64], down_block_types=["DownEncoderBlock2D"] * 4,
+           up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=8, sample_size=64,
+           act_fn="silu", scaling_factor=1.0)
+TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=64,
+            max_position_embeddings=24, hidden_act="quick_gelu", layer_norm_eps=1e-5, model_type="clip_text_model")
+VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=64,
+              image_size=64, patch_size=8, num_channels=3, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+              model_type="clip_vision_model")
+UNET = dict(_class_name="UNet3DConditionModel", sample_size=8, in_channels=4, out_channels=4,
+            down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
+            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[64, 128], layers_per_block=1,
+            cross_attention_dim=128, attention_head_dim=16, norm_num_groups=32)
+SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                 beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+                 prediction_type="v_prediction", timestep_spacing="leading", rescale_betas_zero_snr=False)
+PIPELINE = dict(_class_name="TextToVideoSDPipeline", scheduler=["diffusers", "DDIMScheduler"],
+                text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"],
+                unet=["diffusers", "UNet3DConditionModel"], vae=["diffusers", "AutoencoderKL"])
+SPECIAL = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>",
+               pad_token="<|endoftext|>")
+
+# stage      steps  batch  peak learning rate; the batch counts frames for vae, clip and images, else clips.
+STAGES = {
+    "vae":    (4000, 32, 2e-3),
+    "clip":   (1500, 64, 1e-3),
+    "images": (1000, 64, 1.5e-3),
+    "clips8": (1100, 16, 1e-3),
+    "clips":  (1900, 8, 7e-4),
+}
+EMPTY = 0.1            # share of empty captions: guidance and the empty-prompt inversion need them
+
+
+def pool(count, seed, motions=world.TRAIN_MOTIONS):
+    """`count` clips of the training motions: uint8 tensor (count, 16, 64, 64, 3) and their captions."""
+    scenes = [world.scene(seed * 1_000_000 + i, motions) for i in range(count)]
+    clips = np.stack([world.render(s) for s in tqdm(scenes, desc="rendering", unit="clip", leave=False)])
+    return torch.from_numpy(clips), [world.caption(s) for s in scenes]
+
+
+def pixels(frames, device):
+    """uint8 (N,64,64,3) -> float (N,3,64,64) in [-1,1]"""
+    return frames.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pictures in [-1,1], peak 2."""
+    return 10 * math.log10(4 / (a - b).square().mean().item())
+
+
+def train(stage, model, loss_of, args, watch=None):
+    """The loop of all stages: AdamW, warm-up and cosine, EMA, log, resumable state. Returns the EMA model.
+
+    loss_of(model, step, generator) -> (loss, {name: number}); watch(ema, path) draws a sheet of samples now and then.
+    """
+    steps, _, peak = STAGES[stage]
+    steps = max(1, int(steps * args.scale))
+    state_file, log_file = args.work / f"{stage}.pt", args.work / f"{stage}.jsonl"
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+
+    def save(step):
+        state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+        torch.save(state, state_file.with_suffix(".tmp"))
+        state_file.with_suffix(".tmp").replace(state_file)
+
+    saved, bar = time.time(), tqdm(range(first, steps), initial=first, total=steps, desc=stage, mininterval=5)
+    for step in bar:
+        # From a shrinking rate of change to none: 3 % warm-up, then half a cosine down to 2 % of the peak.
+        warm, rest = min(1, (step + 1) / (0.03 * steps)), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = peak * warm * (0.02 + 0.98 * rest)
+        loss, numbers = loss_of(model, step, torch.Generator().manual_seed(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", **{k: f"{v:.3g}" for k, v in numbers.items()})
+            with open(log_file, "a") as f:
+                print(json.dumps(dict(step=step, loss=loss.item(), **numbers, time=time.time())), file=f)
+        if time.time() - saved > 30 or step + 1 == steps:
+            save(step + 1)
+            saved = time.time()
+        if watch and ((step + 1) % 1000 == 0 or step + 1 == steps):
+            watch(ema, args.work / f"{stage}-{step + 1:06d}.png")
+    return ema
+
+
+def train_vae(args):
+    clips, _ = pool(args.pool, seed=1)
+    frames = clips.flatten(0, 1)
+    held, _ = pool(16, seed=2, motions=world.HELDOUT_MOTIONS)
+    held = pixels(held[:, ::5].flatten(0, 1), args.device)
+    batch = STAGES["vae"][1]
+    model = load_part(mini_mi.AutoencoderKL(VAE), "vae", fresh=args.fresh).to(args.device)
+
+    def loss_of(model, step, generator):
+        x = pixels(frames[torch.randint(len(frames), (batch,), generator=generator)], args.device)
+        with torch.autocast(args.device.type, torch.bfloat16):
+            mean, logvar = model.encode(x)
+            z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+            y = model.decode(z).float()
+        mean, logvar = mean.float(), logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = (y - x).abs().mean() + (y - x).square().mean() + 1e-5 * kl
+        return loss, dict(psnr=psnr(y.detach(), x), kl=kl.item())
+
+    @torch.no_grad()
+    def watch(model, path):
+        y = model.decode(model.encode(held)[0])
+        rows = torch.stack([held, y], 1).clamp(-1, 1)[:12].flatten(0, 1)                 # real, decoded, real, ...
+        sheet = rows.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        Image.fromarray(((sheet + 1) * 127.5).round().byte().cpu().numpy()).save(path)
+        print(f"\n{path.name}: PSNR on held-out motions {psnr(y, held):.2f} dB", flush=True)
+
+    model = train("vae", model, loss_of, args, watch)
+    with torch.no_grad():                            # the diffusion model wants latents of standard deviation 1
+        spread = torch.cat([model.encode(x)[0] for x in pixels(frames[::97], args.device).split(64)]).std().item()
+    write_part("vae", model, {**VAE, "scaling_factor": round(1 / spread, 5)})
+
+
+def make_tokenizer(folder):
+    """Byte-pair merges trained on the world's captions until every word is one token; other words fall into pieces.
+
+    Writes vocab.json, merges.txt and the two config files into `folder`; returns the tokenizer and its vocabulary.
+    """
+    alphabet = list(mini_mi.byte_alphabet().values())
+    words = {}
+    for caption in world.all_captions():
+        for word in caption.split():
+            pieces = (*word[:-1], word[-1] + "</w>")
+            words[pieces] = words.get(pieces, 0) + 1
+    merges = []
+    while any(len(pieces) > 1 for pieces in words):
+        pairs = {}
+        for pieces, count in words.items():
+            for pair in zip(pieces, pieces[1:]):
+                pairs[pair] = pairs.get(pair, 0) + count
+        best = max(sorted(pairs), key=pairs.get)
+        merges.append(best)
+        words = {_merge(pieces, best): count for pieces, count in words.items()}
+    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), *SPECIAL.values()]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    write_json(folder / "vocab.json", vocab)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
+    write_json(folder / "special_tokens_map.json", SPECIAL)
+    write_json(folder / "tokenizer_config.json",
+               dict(SPECIAL, model_max_length=TEXT["max_position_embeddings"], tokenizer_class="CLIPTokenizer"))
+    return mini_mi.CLIPTokenizer.from_pretrained(folder), vocab
+
+
+def _merge(pieces, pair):
+    merged, i = [], 0
+    while i < len(pieces):
+        join = pieces[i:i + 2] == pair
+        merged.append(pieces[i] + pieces[i + 1] if join else pieces[i])
+        i += 2 if join else 1
+    return tuple(merged)
+
+
+def write_json(path, value):
+    """A config file, the folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_part(name, module, config, stem="diffusion_pytorch_model"):
+    """data/tiny/NAME: config.json and the weights in float16."""
+    write_json(TINY / name / "config.json", config)
+    mini_mi.save_safetensors(TINY / name / f"{stem}.safetensors", {k: v.half() for k, v in module.state_dict().items()})
+
+
+def load_part(model, name, stem="diffusion_pytorch_model", fresh=False):
+    """Weights of the committed checkpoint into `model`, if there are any."""
+    path = TINY / name / f"{stem}.safetensors"
+    if path.exists() and not fresh:
+        model.load_state_dict({k: v.float() for k, v in mini_mi.load_tensors(path).items()})
+        print(f"{name}: goes on from {path.relative_to(HERE.parent)}")
+    return model
+
+
+def train_clip(args):
+    """Frame against all captions at once: a contrastive loss whose negatives are every other appearance."""
+    tokenizer, vocab = make_tokenizer(TINY / "clip")
+    make_tokenizer(TINY / "tokenizer")
+    ends = dict(vocab_size=len(vocab), bos_token_id=vocab[SPECIAL["bos_token"]], eos_token_id=tokenizer.eos,
+                pad_token_id=tokenizer.pad)
+    config = dict(model_type="clip", projection_dim=64, text_config={**TEXT, **ends}, vision_config=VISION,
+                  logit_scale_init_value=2.6592)
+    model = load_part(eval_mi.CLIPModel(config), "clip", "model", args.fresh).to(args.device)
+    captions = world.all_captions()
+    ids = tokenizer(captions).to(args.device)
+    clips, labels = pool(args.pool, seed=3)
+    labels = torch.tensor([captions.index(c) for c in labels])
+    held, held_labels = pool(40, seed=4, motions=world.HELDOUT_MOTIONS)
+    held_labels = torch.tensor([captions.index(c) for c in held_labels])
+    batch = STAGES["clip"][1]
+    mean, std = (torch.tensor(v, device=args.device).view(3, 1, 1) for v in (eval_mi.CLIP_MEAN, eval_mi.CLIP_STD))
+
+    def logits(model, x):
+        x = model.image_features(((x + 1) / 2 - mean) / std)
+        return x @ model.text_features(ids).T
+
+    def loss_of(model, step, generator):
+        pick = torch.randint(len(clips), (batch,), generator=generator)
+        frame = torch.randint(world.FRAMES, (batch,), generator=generator)
+        x = pixels(clips[pick, frame], args.device)
+        # Decoded and sampled frames are softer and noisier than rendered ones: half of the batch is blurred, all of it
+        # gets some noise.
+        soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        x = torch.where(torch.rand(batch, 1, 1, 1, generator=generator).to(x.device) < 0.5, soft, x)
+        x = x + 0.1 * torch.rand(batch, 1, 1, 1).to(x.device) * torch.randn_like(x)
+        scores = model.logit_scale.exp().clamp(max=20) * logits(model, x)
+        target = labels[pick].to(args.device)
+        return F.cross_entropy(scores, target), dict(accuracy=(scores.argmax(1) == target).float().mean().item())
+
+    @torch.no_grad()
+    def watch(model, path):
+        right = [logits(model, pixels(clip[::5], args.device)).argmax(1).cpu() == label
+                 for clip, label in zip(held, held_labels)]
+        print(f"\n{path.stem}: caption of {len(right)} clips of held-out motions, right on "
+              f"{100 * torch.cat(right).float().mean():.1f} % of frames", flush=True)
+
+    model = train("clip", model, loss_of, args, watch)
+    model.logit_scale.clamp_(max=math.log(20))
+    write_part("clip", model, config, "model")
+    text = mini_mi.CLIPTextModel({**TEXT, **ends})
+    text.text_model.load_state_dict(model.text_model.state_dict())
+    write_part("text_encoder", text, {**TEXT, **ends, "architectures": ["CLIPTextModel"]}, "model")
+
+
+def latent_pool(args, seed):
+    """Latents (N,4,16,8,8) in float16 and captions of `args.pool` clips; kept in a file, since encoding takes minutes."""
+    path = args.work / f"latents-{seed}-{args.pool}.pt"
+    models = mini_mi.load_models(TINY, args.device)
+    if not path.exists():
+        clips, captions = pool(args.pool, seed)
+        latents = [mini_mi.encode_video(models, mini_mi.to_model_range(clip.numpy())).half().cpu()
+                   for clip in tqdm(clips, desc="encoding", unit="clip", leave=False)]
+        torch.save((torch.cat(latents), captions), path)
+    latents, captions = torch.load(path, weights_only=True)
+    return models, latents, captions
+
+
+def train_unet(stage, args):
+    """v-prediction with min-SNR weights (arXiv 2303.09556) on 1, 8 or 16 frames of the latent clips."""
+    frames = {"images": 1, "clips8": 8, "clips": 16}[stage]
+    models, latents, captions = latent_pool(args, seed=5)
+    every = world.all_captions()
+    texts = mini_mi.encode_prompt(models, [*every, ""])
+    labels = torch.tensor([every.index(c) for c in captions])
+    scheduler, batch, device = models.scheduler, STAGES[stage][1], args.device
+    # eval(): the temporal convolutions' dropout is left out, as it is at inversion.
+    unet = models.unet.requires_grad_(True).eval()
+
+    def loss_of(unet, step, generator):
+        pick = torch.randint(len(latents), (batch,), generator=generator)
+        first = int(torch.randint(world.FRAMES - frames + 1, (), generator=generator))
+        x0 = latents[pick, :, first:first + frames].float()
+        # A clip played backwards is a clip of another motion.
+        x0 = torch.where(torch.rand(batch, 1, 1, 1, 1, generator=generator) < 0.5, x0, x0.flip(2)).to(device)
+        label = torch.where(torch.rand(batch, generator=generator) < EMPTY, len(every), labels[pick])
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        t = torch.randint(scheduler.T, (batch,), generator=generator)
+        snr = scheduler.abar(t, x0) / (1 - scheduler.abar(t, x0))
+        weight = snr.clamp(max=5) / (snr + 1)
+        out = unet(scheduler.add_noise(x0, noise, t), t.to(device), texts[label].to(device))
+        error = (out - scheduler.target(x0, noise, t)).square()
+        return (weight * error).mean(), dict(mse=error.mean().item())
+
+    @torch.no_grad()
+    def watch(unet, path):
+        models.unet, prompts = unet, every[7::53]
+        noise = torch.randn(len(prompts), 4, frames, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+        text, negative = (mini_mi.encode_prompt(models, p) for p in (prompts, [""] * len(prompts)))
+        x = mini_mi.sample(models, noise, text, negative, steps=20, guidance=3.0, progress=False)
+        rows = [(p, mini_mi.to_uint8(v)) for p, v in zip(prompts, mini_mi.decode_video(models, x))]
+        mini_mi.contact_sheet(rows).save(path)
+
+    write_part("unet", train(stage, unet, loss_of, args, watch), UNET)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    p.add_argument("--work", type=Path, default=HERE.parent / "out" / "tiny", help="folder for states, logs, sheets")
+    p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
+    p.add_argument("--pool", type=int, default=5000, help="clips rendered to draw from")
+    p.add_argument("--fresh", action="store_true", help="begin from random weights, not from data/tiny")
+    args = p.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    write_json(TINY / "model_index.json", PIPELINE)
+    write_json(TINY / "scheduler" / "scheduler_config.json", SCHEDULER)
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        if stage == "vae":
+            train_vae(args)
+        elif stage == "clip":
+            train_clip(args)
+        else:
+            train_unet(stage, args)
+
+
+if __name__ == "__main__":
+    main()

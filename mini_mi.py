@@ -1,0 +1,1895 @@
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import html
+import http.client
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import ssl
+import struct
+import subprocess
+import tempfile
+import textwrap
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import quote, urljoin, urlsplit
+
+import ftfy
+import numpy as np
+import regex
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from PIL import GifImagePlugin, Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The command line prints it as one line, `error: ...`, and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration files of published checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Fields that say nothing about the computation that we do: where a model came from, how it was initialised or
+# dropped out in its own training, what a text generator would need. Everything unknown is refused, so that a
+# checkpoint of another kind cannot load with half of its settings ignored.
+INERT_FIELDS = set("""
+    architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task force_upcast
+    forced_bos_token_id forced_eos_token_id id2label initializer_factor initializer_range is_decoder
+    is_encoder_decoder label2id length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    problem_type projection_dim pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sample_max_value sample_size sep_token_id skip_prk_steps suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k
+    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    clip_sample_range dynamic_thresholding_ratio
+""".split())
+
+
+def read_config(kind, config, fields, implemented=None):
+    """The settings of one model as a namespace: the reference library's defaults, overridden by `config`.
+
+    kind         what the config describes, for messages
+    config       dict, as `json.load` gives it; `_*` and INERT_FIELDS are skipped
+    fields       dict, field -> default of diffusers or transformers
+    implemented  dict, field -> the values that this file implements; any other value is a UserError
+    """
+    unknown = [k for k in config if k not in fields and k not in INERT_FIELDS and not k.startswith("_")]
+    if unknown:
+        raise UserError(f"{kind} config has fields that are not known here: {', '.join(sorted(unknown)[:5])}; "
+                        "this is another kind of model")
+    settings = {**fields, **{k: v for k, v in config.items() if k in fields}}
+    for field, allowed in (implemented or {}).items():
+        value = settings[field]
+        if any(v not in allowed for v in (value if isinstance(value, (list, tuple)) else [value])):
+            raise UserError(f"{kind} config: {field} = {value} is not implemented; it takes {allowed}")
+    return SimpleNamespace(**settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer: byte-pair encoding as in OpenAI's CLIP
+# ---------------------------------------------------------------------------------------------------------------------
+
+def byte_alphabet():
+    """256 printable characters, one per byte: BPE merges are stored as text, and a raw byte may not be printable."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shifted = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(shifted)}}
+
+
+class CLIPTokenizer:
+    """Text -> token ids (B, L): <|startoftext|>, BPE tokens, <|endoftext|>, padding up to L = model_max_length.
+
+    Source: OpenAI CLIP's simple_tokenizer (cleaning, word pattern, merges); the special tokens, and with them the pad
+    token, are those of special_tokens_map.json, as in transformers' CLIPTokenizer.
+    """
+
+    WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+
+    def __init__(self, vocab, merges, special=None, length=77):
+        self.vocab, self.length = vocab, length
+        self.rank = {pair: n for n, pair in enumerate(merges)}        # (left, right) -> priority, 0 is merged first
+        self.alphabet = byte_alphabet()
+        names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                 "pad_token": "<|endoftext|>", **(special or {})}
+        # an entry is either the token itself or a dict that describes it
+        names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items() if isinstance(v, (str, dict))}
+        missing = sorted({t for t in names.values() if t not in vocab})
+        if missing:
+            raise UserError(f"tokenizer: special tokens {missing} are not in vocab.json")
+        self.bos, self.eos, self.unk, self.pad = (vocab[names[f"{k}_token"]] for k in ("bos", "eos", "unk", "pad"))
+        # Special tokens are cut out of the text before BPE sees it. In SD 2 the pad token is "!", so "wow!!!" ends in
+        # three tokens "!" and not in the one BPE token "!!!".
+        self.special = {t: vocab[t] for t in sorted(set(names.values()), key=len, reverse=True)}
+        self.special_pattern = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Reads vocab.json and merges.txt, and if present tokenizer_config.json and special_tokens_map.json."""
+        folder = Path(folder)
+        vocab = read_json(folder / "vocab.json")
+        try:
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{folder / 'merges.txt'} cannot be read ({e}); get the tokenizer folder again") from None
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        optional = [read_json(folder / name) if (folder / name).is_file() else {}
+                    for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        special = {k: v for source in optional for k, v in source.items()
+                   if k in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        length = optional[0].get("model_max_length", 77)
+        return cls(vocab, merges, special, length)
+
+    @staticmethod
+    def clean(text):
+        """OpenAI CLIP's cleaning: repair broken Unicode, resolve HTML entities twice, collapse spaces, lower case."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return unicodedata.normalize("NFC", " ".join(text.split()).lower())
+
+    @functools.lru_cache(maxsize=4096)
+    def bpe(self, word):
+        """The token ids of one word: start from single bytes, join the pair of lowest rank until none is left."""
+        parts = [self.alphabet[b] for b in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            pair = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, math.inf))
+            if pair not in self.rank:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                join = i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair
+                merged.append("".join(pair) if join else parts[i])
+                i += 2 if join else 1
+            parts = merged
+        return [self.vocab.get(p, self.unk) for p in parts]
+
+    def encode(self, text):
+        """Token ids of one string, without start, end and padding."""
+        ids = []
+        for piece in self.special_pattern.split(self.clean(text)):
+            if piece in self.special:
+                ids.append(self.special[piece])
+            else:
+                ids += [i for word in self.WORDS.findall(piece) for i in self.bpe(word)]
+        return ids
+
+    def __call__(self, texts):
+        """list of B strings -> LongTensor (B, L), padded and truncated to L."""
+        rows = [[self.bos, *self.encode(text)[:self.length - 2], self.eos] for text in texts]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text encoder: the text tower of CLIP (Radford et al., arXiv 2103.00020)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def quick_gelu(x):
+    """OpenAI CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention with biases, (B,L,D) -> (B,L,D); `causal`: a token sees only those before it."""
+
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)              # (B, heads, L, D/heads)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Pre-norm transformer layer, (B,L,D) -> (B,L,D). Both towers of CLIP are stacks of it; only text is causal."""
+
+    def __init__(self, c, causal):
+        super().__init__()
+        self.self_attn = CLIPAttention(c.hidden_size, c.num_attention_heads, causal)
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
+                                  "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
+        self.activation = ACTIVATIONS[c.hidden_act]
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
+
+
+class CLIPTextTransformer(nn.Module):
+    """Token and position embeddings, causal layers, final norm: ids (B,L) -> (B,L,D)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
+                                         "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPEncoderLayer(c, causal=True)
+                                                              for _ in range(c.num_hidden_layers))})
+        self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, ids):
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+
+class CLIPTextModel(nn.Module):
+    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> last hidden state (B,L,D), after the final norm.
+
+    All L states go to cross-attention and nothing masks the padding, so the pad token is part of the conditioning.
+    Source: transformers' CLIPTextModel, whose keys these are.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = read_config("text encoder", config, dict(
+            vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+            max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+        ), implemented={"hidden_act": tuple(ACTIVATIONS)})
+        self.text_model = CLIPTextTransformer(c)
+
+    def forward(self, ids):
+        return self.text_model(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution parts that the autoencoder and the UNet share
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ResnetBlock2D(nn.Module):
+    """norm, SiLU, conv, (+ diffusion step), norm, SiLU, conv, plus the input. (N,C,H,W) -> (N,C_out,H,W).
+
+    emb: the embedded diffusion step, one row per sample of the batch (B,E); in a video N = B*F and all frames of a
+    clip share their row. The autoencoder has none.
+    """
+
+    def __init__(self, c_in, c_out, groups, eps, emb_width=None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if emb_width:
+            self.time_emb_proj = nn.Linear(emb_width, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            step = self.time_emb_proj(F.silu(emb))                                       # (B, C_out)
+            h = h + step.repeat_interleave(len(x) // len(emb), 0)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Downsample2D(nn.Module):
+    """Halves H and W by a strided convolution. The autoencoder pads only right and below, the UNet on all sides."""
+
+    def __init__(self, channels, pad):
+        super().__init__()
+        self.pad = pad                                                                   # left, right, top, bottom
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.pad))
+
+
+class Upsample2D(nn.Module):
+    """Nearest neighbour to twice the size, or to `size` (H,W) where a skip connection asks for an odd one; then conv."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size=None):
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention. q_in (N,Lq,C), k_in and v_in (N,Lk,D) -> (N,Lq,C).
+
+    Queries, keys and values come from three arguments, not from one: the paper's Eq. 3 adds one embedding to the input
+    of queries and keys and another to the input of values.
+    """
+
+    def __init__(self, width, heads, head_dim, context_width=None, bias=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, heads * head_dim, bias)
+        self.to_k = nn.Linear(context_width or width, heads * head_dim, bias)
+        self.to_v = nn.Linear(context_width or width, heads * head_dim, bias)
+        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, width)])               # a list: the keys are to_out.0.*
+
+    def forward(self, q_in, k_in, v_in):
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for f, x in ((self.to_q, q_in), (self.to_k, k_in), (self.to_v, v_in)))
+        x = F.scaled_dot_product_attention(q, k, v)          # softmax(q k^T / sqrt(head_dim)) v: (N, heads, Lq, head_dim)
+        return self.to_out[0](x.transpose(1, 2).flatten(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoencoder: pictures <-> latents (Rombach et al., arXiv 2112.10752)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class VAEAttention(Attention):
+    """One-head self-attention over all positions of a picture, (N,C,H,W) -> (N,C,H,W), plus the input."""
+
+    def __init__(self, channels, groups):
+        super().__init__(channels, heads=1, head_dim=channels, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).transpose(1, 2)                                # (N, H*W, C)
+        return x + super().forward(h, h, h).transpose(1, 2).view_as(x)
+
+
+class VAEBlock(nn.Module):
+    """A level of the encoder or decoder: its resnets, then the change of size if there is one."""
+
+    def __init__(self, rows, groups, downsample=False, upsample=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, 1e-6) for c_in, c_out in rows)
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample2D(rows[-1][1], pad=(0, 1, 0, 1))])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample2D(rows[-1][1])])
+
+    def forward(self, x):
+        for layer in [*self.resnets, *getattr(self, "downsamplers", []), *getattr(self, "upsamplers", [])]:
+            x = layer(x)
+        return x
+
+
+class VAEMidBlock(nn.Module):
+    """resnet, attention, resnet at the smallest size."""
+
+    def __init__(self, channels, groups, attention):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, 1e-6) for _ in range(2))
+        self.attentions = nn.ModuleList([VAEAttention(channels, groups)] if attention else [])
+
+    def forward(self, x):
+        for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
+            x = layer(x)
+        return x
+
+
+class VAEHalf(nn.Module):
+    """What encoder and decoder have in common: norm, SiLU, convolution at the end."""
+
+    def finish(self, x):
+        """(N,C,h,w) -> (N,C_out,h,w)"""
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Encoder(VAEHalf):
+    """(B,3,h,w) -> (B,2C,H,W), each level but the last halving the size."""
+
+    def __init__(self, c):
+        super().__init__()
+        widths, groups = c.block_out_channels, c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for n, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+            rows = [(before, width)] + [(width, width)] * (c.layers_per_block - 1)
+            self.down_blocks.append(VAEBlock(rows, groups, downsample=n < len(widths) - 1))
+        self.mid_block = VAEMidBlock(widths[-1], groups, c.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.finish(self.mid_block(x))
+
+
+class Decoder(VAEHalf):
+    """(B,C,H,W) -> (B,3,h,w): the encoder's levels backwards, with one more resnet each."""
+
+    def __init__(self, c):
+        super().__init__()
+        widths, groups = c.block_out_channels[::-1], c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = VAEMidBlock(widths[0], groups, c.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList()
+        for n, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+            rows = [(before, width)] + [(width, width)] * c.layers_per_block
+            self.up_blocks.append(VAEBlock(rows, groups, upsample=n < len(widths) - 1))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.finish(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures <-> latents, 2**(levels-1) times smaller in height and width. Source: diffusers' AutoencoderKL.
+
+    encode: (B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W); decode: z (B,C,H,W) -> (B,3,h,w).
+    The latents here are unscaled; the diffusion model sees them times `scaling_factor`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = read_config("autoencoder", config, dict(
+            in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",), block_out_channels=(64,), layers_per_block=1, act_fn="silu",
+            latent_channels=4, norm_num_groups=32, scaling_factor=0.18215, shift_factor=None, latents_mean=None,
+            latents_std=None, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
+        ), implemented=dict(
+            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), act_fn=("silu",),
+            shift_factor=(None,), latents_mean=(None,), latents_std=(None,), use_quant_conv=(True,),
+            use_post_quant_conv=(True,)))
+        if not len(c.block_out_channels) == len(c.down_block_types) == len(c.up_block_types):
+            raise UserError("autoencoder config: block_out_channels and the two block type lists differ in length")
+        self.scaling_factor = c.scaling_factor
+        self.factor = 2 ** (len(c.block_out_channels) - 1)                              # h / H
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+
+    def encode(self, x):
+        """(B,3,h,w) -> mean (B,C,H,W), logvar (B,C,H,W) clamped to [-30, 20]"""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        """z (B,C,H,W), unscaled -> (B,3,h,w)"""
+        return self.decoder(self.post_quant_conv(z))
+# ---------------------------------------------------------------------------------------------------------------------
+# UNet parts that look at space: one frame at a time. x is (B*F, C, H, W), the frames of a clip next to each other.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class GEGLU(nn.Module):
+    """Gated linear unit: half of the projection, times GELU of the other half."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x):
+        # Two products with half of the matrix each: on a CPU cheaper than one product and the backward of its split.
+        value, gate = (F.linear(x, w, b) for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a linear layer. The middle place belongs to a dropout, which has no weights: the keys are 0 and 2."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class SpatialTransformerBlock(nn.Module):
+    """Self-attention within a frame, cross-attention to the text, feed-forward; each on a norm, each added."""
+
+    def __init__(self, width, heads, head_dim, text_width):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.attn1 = Attention(width, heads, head_dim)
+        self.attn2 = Attention(width, heads, head_dim, text_width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x, text):                                                          # x (B*F, H*W, C)
+        h = self.norm1(x)
+        x = x + self.attn1(h, h, h)
+        # All frames of a clip read the same text: keys and values are computed once per clip, not once per frame.
+        h = self.norm2(x).reshape(len(text), -1, x.shape[-1])                            # (B, F*H*W, C)
+        x = x + self.attn2(h, text, text).view_as(x)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer over the H*W positions of every frame, (B*F,C,H,W) -> the same; text (B,L,D)."""
+
+    def __init__(self, channels, c):
+        super().__init__()
+        heads = channels // c.attention_head_dim
+        width = heads * c.attention_head_dim
+        self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
+        self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.transformer_blocks = nn.ModuleList(
+            [SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)])
+
+    def forward(self, x, text):
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))                        # (B*F, H*W, C)
+        for block in self.transformer_blocks:
+            h = block(h, text)
+        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UNet parts that look along time
+# ---------------------------------------------------------------------------------------------------------------------
+
+class TemporalConv(nn.Conv3d):
+    """A (3,1,1) convolution: three neighbouring frames, one position. (B,C,F,H,W) -> (B,C_out,F,H,W).
+
+    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, and CPUs do them faster than Conv3d's.
+    """
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x):
+        plane = F.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        return plane.unflatten(3, x.shape[3:])
+
+
+class TemporalConvLayer(nn.Module):
+    """Four times norm, SiLU, temporal convolution; plus the input. (B*F,C,H,W) -> the same.
+
+    Source: ModelScope's text-to-video UNet. The norms run over all frames of a clip together.
+    """
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        def stage(*dropout):
+            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout, TemporalConv(channels, channels))
+        # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
+        self.conv1, self.conv2, self.conv3, self.conv4 = stage(), *(stage(nn.Dropout(0.1)) for _ in range(3))
+        # A layer that starts as the identity lets a video model begin as the picture model that it was.
+        nn.init.zeros_(self.conv4[-1].weight)
+        nn.init.zeros_(self.conv4[-1].bias)
+
+    def forward(self, x, frames):
+        h = x.unflatten(0, (-1, frames)).transpose(1, 2)                                 # (B, C, F, H, W)
+        h = self.conv4(self.conv3(self.conv2(self.conv1(h))))
+        return x + h.transpose(1, 2).flatten(0, 1)
+
+
+# =====================================================================================================================
+#
+#   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
+#
+#   A temporal attention layer sees features h of shape (B*H*W, F, C): one sequence of F frames per position. The motion
+#   of one clip is learned as two small tensors per layer, added to the inputs of that layer and to nothing else:
+#
+#       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                             (Eq. 3)
+#
+#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It has no spatial axes, so it cannot hold a shape.
+#   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion.
+#
+#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, below). At inference MV is
+#   debiased: what does not change from frame to frame is appearance and not motion, and cancels (Eq. 5: `debias`).
+#
+# =====================================================================================================================
+
+def debias(m_v, mode):
+    """Removes static appearance from the Motion Value embedding, (..., F, C) -> (..., F, C).
+
+    diff   m_v[0], then m_v[j] - m_v[j-1] for j > 0: the first frame, then changes, as in optical flow      (Eq. 5)
+    mean   m_v - mean over frames: the paper's alternative "normalize"
+    none   m_v as trained: the paper's "vanilla"
+    """
+    if mode == "diff":
+        return torch.cat([m_v[..., :1, :], m_v[..., 1:, :] - m_v[..., :-1, :]], dim=-2)
+    if mode == "mean":
+        return m_v - m_v.mean(dim=-2, keepdim=True)
+    if mode == "none":
+        return m_v
+    raise UserError(f"debias = {mode!r} is not known; it takes diff, mean or none")
+
+
+class TemporalTransformerBlock(nn.Module):
+    """Two self-attentions over time and a feed-forward, x (B*H*W, F, C) -> the same.
+
+    `name` is this block's key in the UNet, under which `motion` keeps its embeddings. As in the authors' code one MQK
+    serves both attentions of a block, and each attention has an MV of its own.
+    """
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.attn1, self.attn2 = (Attention(width, heads, head_dim) for _ in range(2))
+        self.ff = FeedForward(width)
+        self.name = None                                                                 # set by the UNet
+
+    def forward(self, x, grid, motion=None):
+        for norm, attention, which in (self.norm1, self.attn1, "attn1"), (self.norm2, self.attn2, "attn2"):
+            h = norm(x)
+            h_qk = h_v = h
+            if motion is not None and self.name in motion.blocks:
+                m_qk, m_v = motion.at(self.name, which, x.shape[1], grid, h.dtype)
+                # Both are (M, 1 or H*W, F, C). Sample i of the batch takes clip i % M, hence the split of B by M.
+                batched = h.view(-1, motion.clips, math.prod(grid), *x.shape[1:])        # (B/M, M, H*W, F, C)
+                if m_qk is not None:
+                    h_qk = (batched + m_qk).view_as(h)                                   # MQK: h + m_qk        (Eq. 3)
+                if m_v is not None:
+                    h_v = (batched + m_v).view_as(h)                                     # MV:  h + m_v         (Eq. 3)
+            x = x + attention(h_qk, h_qk, h_v)
+        return x + self.ff(self.norm3(x))
+
+
+class MotionEmbeddings(nn.Module):
+    """The motion of M clips: MQK and MV for every temporal attention of the chosen UNet levels. Passed as `motion`.
+
+    unet_config      dict, the UNet's config.json
+    frames           F of the clips
+    height, width    the latent grid of the clips (not pixels)
+    levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has attention, which
+                     for ZeroScope is the authors' choice (width 1280 on the way down and up, not the middle block)
+    use_mqk, use_mv  the ablations: False leaves the part out, here, or later at inference
+    mqk_dims         1: shape (1, F, C), the method;     2: (H*W, F, C)
+    mv_dims          2: shape (H*W, F, C), the method;   1: (1, F, C)
+    debias           diff | mean | none, see `debias`. `.eval()` adds debiased MV, `.train()` raw MV, unless
+                     debias_in_training
+    clips            M; sample i of a batch uses clip i % M. Parameters have a leading axis M only if M > 1.
+
+    State keys are the authors': BLOCK.pos_embed is MQK, BLOCK.attn1.vSpatial and BLOCK.attn2.vSpatial are MV.
+    """
+
+    SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training")
+
+    def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True, mqk_dims=1,
+                 mv_dims=2, debias="diff", debias_in_training=False, clips=1):
+        super().__init__()
+        if not (use_mqk or use_mv):
+            raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
+        self._configure(frames, clips, use_mqk=use_mqk, use_mv=use_mv, mqk_dims=mqk_dims, mv_dims=mv_dims,
+                        debias=debias, debias_in_training=debias_in_training)
+        for name, channels, level in motion_sites(unet_config, levels):
+            # Every downsampling is a convolution of stride 2 and padding 1, which rounds odd sizes up.
+            h, w = -(-height // 2 ** level), -(-width // 2 ** level)
+            self.grids[name] = (h, w)
+            positions = {1: 1, 2: h * w}
+            if use_mqk:
+                self._add(f"{name}.pos_embed", torch.zeros(clips, positions[mqk_dims], frames, channels))
+            for attention in ("attn1", "attn2") if use_mv else ():
+                self._add(f"{name}.{attention}.vSpatial", torch.zeros(clips, positions[mv_dims], frames, channels))
+
+    def _configure(self, frames, clips, **settings):
+        self.frames, self.clips = frames, clips
+        for name in self.SETTINGS:
+            setattr(self, name, settings[name])
+        self.grids = {}                # block -> (h, w) that its MV was trained on; empty: the file did not say
+        self.blocks = {}               # block -> its parameters by short name: "pos_embed", "attn1.vSpatial", ...
+        self.fixed_slots = False       # True: a file of the authors, whose 32 slots are cut, not interpolated
+
+    def _add(self, key, value):
+        """Registers `value` (M, P, F, C) as the parameter `key`, building the nested modules that the dots ask for."""
+        block, short = re.fullmatch(r"(.*?)\.(pos_embed|attn[12]\.vSpatial)", key).groups()
+        *path, leaf = key.split(".")
+        module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.register_parameter(leaf, nn.Parameter(value if self.clips > 1 else value.squeeze(0)))
+        self.blocks.setdefault(block, {})[short] = (module, leaf)
+
+    def at(self, block, attention, frames, grid, dtype=torch.float32):
+        """m_qk and m_v for one attention, each (M, 1 or H*W, F, C), or None where the part is absent or switched off.
+
+        Another number of frames or another grid than at training is interpolated, and only then debiased: differences
+        of neighbouring frames mean something only on the frames that are used.
+        """
+        m_qk = self._get(block, "pos_embed", frames, grid) if self.use_mqk else None
+        m_v = self._get(block, f"{attention}.vSpatial", frames, grid) if self.use_mv else None
+        if m_v is not None and (self.debias_in_training or not self.training):
+            m_v = debias(m_v, self.debias)                                               # (Eq. 5)
+        return tuple(None if m is None else m.to(dtype) for m in (m_qk, m_v))
+
+    def _get(self, block, short, frames, grid):
+        if short not in self.blocks[block]:
+            return None
+        module, leaf = self.blocks[block][short]
+        m = getattr(module, leaf)
+        m = m if m.dim() == 4 else m[None]                                               # (M, P, slots, C)
+        if self.fixed_slots and frames <= m.shape[2]:
+            m = m[:, :, :frames]
+        if m.shape[2] != frames:                                                         # linear along time
+            flat = m.permute(0, 1, 3, 2).flatten(0, 1)                                   # (M*P, C, slots)
+            flat = F.interpolate(flat, size=frames, mode="linear", align_corners=False)
+            m = flat.unflatten(0, m.shape[:2]).permute(0, 1, 3, 2)
+        own = self.grids.get(block)
+        if m.shape[1] > 1 and own is None and m.shape[1] != math.prod(grid):
+            raise UserError(f"the motion file was made for {m.shape[1]} positions and does not say in which shape; this "
+                            f"size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
+        if m.shape[1] > 1 and own not in (None, tuple(grid)):                            # bilinear over the grid
+            plane = m.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, own)               # (M*F, C, h, w)
+            plane = F.interpolate(plane, size=tuple(grid), mode="bilinear", align_corners=False)
+            m = plane.flatten(2).unflatten(0, (len(m), frames)).permute(0, 3, 1, 2)
+        return m
+
+    def check_fits(self, widths):
+        """UserError if these embeddings belong to another UNet; widths: dict, temporal block -> its C."""
+        for name, parts in self.blocks.items():
+            module, leaf = next(iter(parts.values()))
+            have = getattr(module, leaf).shape[-1]
+            if widths.get(name) != have:
+                raise UserError(f"these motion embeddings do not fit the model: {name} has width {have} in the motion "
+                                f"file and {widths.get(name, 'no place')} in the model; use the model they were made with")
+
+    def clip(self, index):
+        """The embeddings of one of the M clips, as MotionEmbeddings with clips=1."""
+        one = MotionEmbeddings.__new__(MotionEmbeddings)
+        nn.Module.__init__(one)
+        one._configure(self.frames, 1, **{name: getattr(self, name) for name in self.SETTINGS})
+        one.grids, one.fixed_slots = dict(self.grids), self.fixed_slots
+        for key, value in self.state_dict().items():
+            one._add(key, (value[index] if self.clips > 1 else value)[None].clone())
+        return one.train(self.training)
+
+    def save(self, path):
+        """Writes safetensors; settings and grids travel as metadata. A file holds one clip."""
+        if self.clips > 1:
+            raise UserError("a motion file holds one clip: save motion.clip(i) for each of them")
+        settings = {name: getattr(self, name) for name in self.SETTINGS}
+        about = {**settings, "frames": self.frames, "grids": self.grids, "fixed_slots": self.fixed_slots}
+        save_safetensors(path, self.state_dict(), {"mini_mi": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path):
+        """Reads a file of `save`, or the authors' motion_embed.pt. Parts that are not in the file are switched off."""
+        tensors, metadata = load_tensors(path), read_metadata(path)
+        form = r".*\.(pos_embed|attn[12]\.vSpatial)"
+        if not tensors or any(not re.fullmatch(form, key) or value.dim() != 3 for key, value in tensors.items()):
+            raise UserError(f"{path} is not a motion file: its keys must end in pos_embed or vSpatial")
+        bad = [key for key, value in tensors.items() if not value.isfinite().all()]
+        if bad:
+            raise UserError(f"{path} has values that are not finite in {bad[0]}; train the motion again")
+        try:
+            about = json.loads(metadata["mini_mi"]) if "mini_mi" in metadata else {}
+            self = cls.__new__(cls)
+            nn.Module.__init__(self)
+            self._configure(about.get("frames", next(iter(tensors.values())).shape[1]), 1, **{
+                "use_mqk": any(k.endswith("pos_embed") for k in tensors),
+                "use_mv": any(k.endswith("vSpatial") for k in tensors), "mqk_dims": 1, "mv_dims": 2, "debias": "diff",
+                "debias_in_training": False, **{k: v for k, v in about.items() if k in cls.SETTINGS}})
+            self.grids = {name: tuple(grid) for name, grid in about.get("grids", {}).items()}
+            self.fixed_slots = about.get("fixed_slots", True)
+        except (ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: its settings cannot be read ({e}); train the motion again") from None
+        for key, value in tensors.items():
+            self._add(key, value.float()[None])
+        return self.eval()
+
+
+def motion_sites(unet_config, levels=None):
+    """[(block name, width, level)] of the temporal transformer blocks at the chosen levels, down then up."""
+    c = unet_settings(unet_config)
+    last = len(c.block_out_channels) - 1
+    having = [i for i, kind in enumerate(c.down_block_types) if kind == "CrossAttnDownBlock3D"]
+    levels = [having[-1]] if levels is None else list(levels)
+    if not levels or not set(levels) <= set(having):
+        raise UserError(f"levels {levels} cannot all take embeddings: this model has attention at levels {having}")
+    down = [(f"down_blocks.{i}.temp_attentions.{j}.transformer_blocks.0", c.block_out_channels[i], i)
+            for i in sorted(levels) for j in range(c.layers_per_block)]
+    up = [(f"up_blocks.{last - i}.temp_attentions.{j}.transformer_blocks.0", c.block_out_channels[i], i)
+          for i in sorted(levels, reverse=True) for j in range(c.layers_per_block + 1)]
+    return down + up
+
+# ================================================ end of the paper's part ============================================
+
+
+class TransformerTemporalModel(nn.Module):
+    """Transformer over the F frames of every position, (B*F,C,H,W) -> the same."""
+
+    def __init__(self, channels, heads, c):
+        super().__init__()
+        width = heads * c.attention_head_dim
+        self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
+        self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.transformer_blocks = nn.ModuleList([TemporalTransformerBlock(width, heads, c.attention_head_dim)])
+
+    def forward(self, x, frames, motion=None):
+        _, channels, height, width = x.shape
+        h = self.norm(x.unflatten(0, (-1, frames)).transpose(1, 2))                      # (B, C, F, H, W)
+        h = h.permute(0, 3, 4, 2, 1).reshape(-1, frames, channels)                       # (B*H*W, F, C)
+        h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, (height, width), motion)
+        h = self.proj_out(h).view(-1, height, width, frames, channels)
+        return x + h.permute(0, 3, 4, 1, 2).reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UNet: predicts the noise (or v) in a noisy video (Wang et al., ModelScope, arXiv 2308.06571)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def unet_settings(config):
+    """config.json of a UNet3DConditionModel as a checked namespace."""
+    c = read_config("UNet", config, dict(
+        in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
+        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3, block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2, downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", norm_num_groups=32,
+        norm_eps=1e-5, cross_attention_dim=1024, attention_head_dim=64, num_attention_heads=None,
+        time_cond_proj_dim=None,
+    ), implemented=dict(
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        downsample_padding=(1,), mid_block_scale_factor=(1,), act_fn=("silu",), num_attention_heads=(None,),
+        time_cond_proj_dim=(None,)))
+    mirrored = [kind.replace("Up", "Down") for kind in reversed(c.up_block_types)]
+    if mirrored != list(c.down_block_types) or len(c.block_out_channels) != len(mirrored):
+        raise UserError("UNet config: up_block_types must mirror down_block_types, with one entry of block_out_channels "
+                        "for each level")
+    if "CrossAttnDownBlock3D" not in c.down_block_types:
+        raise UserError("UNet config: no level has attention, so there is no temporal attention to put motion into")
+    return c
+
+
+class UNetBlock3D(nn.Module):
+    """One level of the UNet: for every layer  resnet > temporal conv > spatial transformer > temporal transformer,
+    the transformers only where the level has attention; then the change of size, if any.
+
+    rows   one (c_in, c_out) per layer
+    """
+
+    def __init__(self, rows, c, attention, downsample=False, upsample=False):
+        super().__init__()
+        groups, emb_width = c.norm_num_groups, 4 * c.block_out_channels[0]
+        widths = [c_out for _, c_out in rows]
+        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, c.norm_eps, emb_width) for c_in, c_out in rows)
+        self.temp_convs = nn.ModuleList(TemporalConvLayer(w, groups) for w in widths)
+        if attention:
+            self.attentions = nn.ModuleList(Transformer2DModel(w, c) for w in widths)
+            self.temp_attentions = nn.ModuleList(
+                TransformerTemporalModel(w, w // c.attention_head_dim, c) for w in widths)
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample2D(widths[-1], pad=(1, 1, 1, 1))])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample2D(widths[-1])])
+
+    def layer(self, i, x, emb, text, frames, motion):
+        """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W)."""
+        x = self.temp_convs[i](self.resnets[i](x, emb), frames)
+        if hasattr(self, "attentions"):
+            x = self.temp_attentions[i](self.attentions[i](x, text), frames, motion)
+        return x
+
+
+class UNetMidBlock3D(nn.Module):
+    """The deepest level: resnet and temporal conv, both transformers, resnet and temporal conv."""
+
+    def __init__(self, c):
+        super().__init__()
+        width, groups, emb_width = c.block_out_channels[-1], c.norm_num_groups, 4 * c.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, c.norm_eps, emb_width) for _ in range(2))
+        self.temp_convs = nn.ModuleList(TemporalConvLayer(width, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer2DModel(width, c)])
+        self.temp_attentions = nn.ModuleList([TransformerTemporalModel(width, width // c.attention_head_dim, c)])
+
+    def forward(self, x, emb, text, frames, motion):
+        x = self.temp_convs[0](self.resnets[0](x, emb), frames)
+        x = self.temp_attentions[0](self.attentions[0](x, text), frames, motion)
+        return self.temp_convs[1](self.resnets[1](x, emb), frames)
+
+
+class TimestepEmbedding(nn.Module):
+    """The diffusion step as a vector: sines and cosines of falling frequency, then two linear layers. (B,) -> (B,E)"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.linear_1, self.linear_2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t):
+        half = self.channels // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class UNet3DConditionModel(nn.Module):
+    """x (B,C,F,H,W), t (int, 0-d or (B,)), text (B,L,D), motion (MotionEmbeddings or None) -> (B,C,F,H,W).
+
+    ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; a row of `up` begins with the sum of
+    what comes from below and of the skip that is on top of the stack. * is where the method puts its embeddings.
+
+        down_blocks.0   320, 320            attn     40x72 for 320x576 pixels   each layer and each halving
+        down_blocks.1   640, 640            attn     20x36                      pushes its output as a skip
+        down_blocks.2   1280, 1280          attn *   10x18
+        down_blocks.3   1280, 1280                    5x9
+        mid_block       1280, 1280          attn      5x9
+        up_blocks.0     1280, 1280, 1280              5x9                       each layer pops a skip and
+        up_blocks.1     1280, 1280, 1280    attn *   10x18                      concatenates it
+        up_blocks.2     640, 640, 640       attn     20x36
+        up_blocks.3     320, 320, 320       attn     40x72
+
+    Source: diffusers' UNet3DConditionModel, whose keys these are.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = dict(config)
+        c = unet_settings(config)
+        widths, n = c.block_out_channels, len(c.block_out_channels)
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0])
+        # A quirk of the original: always 8 heads here, elsewhere as many as fit the width.
+        self.transformer_in = TransformerTemporalModel(widths[0], 8, c)
+
+        attention = [kind == "CrossAttnDownBlock3D" for kind in c.down_block_types]
+        skips = [widths[0]]                                     # widths of the skips, pushed and popped as in forward
+        self.down_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+            rows = [(before, width)] + [(width, width)] * (c.layers_per_block - 1)
+            self.down_blocks.append(UNetBlock3D(rows, c, attention[i], downsample=i < n - 1))
+            skips += [width] * (c.layers_per_block + (i < n - 1))
+        self.mid_block = UNetMidBlock3D(c)
+        self.up_blocks = nn.ModuleList()
+        before = widths[-1]
+        for i in reversed(range(n)):
+            rows = []
+            for _ in range(c.layers_per_block + 1):
+                rows.append((before + skips.pop(), widths[i]))
+                before = widths[i]
+            self.up_blocks.append(UNetBlock3D(rows, c, attention[i], upsample=i > 0))
+
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+        self.checkpointing = False                              # True: recompute layers in backward to save memory
+        self.temporal_widths = {}                               # temporal block -> its C
+        for name, module in self.named_modules():
+            if isinstance(module, TemporalTransformerBlock):
+                module.name = name
+                self.temporal_widths[name] = module.norm1.weight.shape[0]
+
+    def _layer(self, block, i, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block.layer, i, *args, use_reentrant=False)
+        return block.layer(i, *args)
+
+    def forward(self, x, t, text, motion=None):
+        if motion is not None:
+            motion.check_fits(self.temporal_widths)
+            if len(x) % motion.clips:
+                raise UserError(f"a batch of {len(x)} cannot be shared by the embeddings of {motion.clips} clips")
+        batch, _, frames, _, _ = x.shape
+        emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
+
+        h = self.conv_in(x.transpose(1, 2).flatten(0, 1))                                             # (B*F, C, H, W)
+        h = self.transformer_in(h, frames)
+        skips = [h]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                h = self._layer(block, i, h, emb, text, frames, motion)
+                skips.append(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0](h)
+                skips.append(h)
+
+        h = self.mid_block(h, emb, text, frames, motion)
+
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = self._layer(block, i, h, emb, text, frames, motion)
+            if hasattr(block, "upsamplers"):
+                h = block.upsamplers[0](h, size=skips[-1].shape[-2:])
+
+        h = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return h.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion: the noise schedule and DDIM (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class DDIMScheduler:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps for t = 0 .. T-1, and deterministic steps back (eta = 0)."""
+
+    def __init__(self, config):
+        c = read_config("scheduler", config, dict(
+            num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
+            clip_sample=True, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon", thresholding=False,
+            timestep_spacing="leading", rescale_betas_zero_snr=False,
+        ), implemented=dict(
+            beta_schedule=("linear", "scaled_linear"), trained_betas=(None,), clip_sample=(False,),
+            prediction_type=("epsilon", "v_prediction"), thresholding=(False,), timestep_spacing=("leading",),
+            rescale_betas_zero_snr=(False,)))
+        self.T, self.offset, self.v_prediction = c.num_train_timesteps, c.steps_offset, c.prediction_type != "epsilon"
+        power = 0.5 if c.beta_schedule == "scaled_linear" else 1                 # scaled: linear in sqrt(beta)
+        betas = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T, dtype=torch.float32) ** (1 / power)
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # abar_t = prod_{s<=t} (1 - beta_s)
+        self.final_alpha_cumprod = torch.tensor(1.0) if c.set_alpha_to_one else self.alphas_cumprod[0]
+
+    def abar(self, t, like):
+        """abar_t, shaped to multiply `like` (B,...); t an int, 0-d or (B,) tensor; a step below 0 is the clean end."""
+        t = torch.as_tensor(t, device="cpu").reshape(-1)
+        abar = torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
+        return abar.to(like.device).view(-1, *[1] * (like.dim() - 1))
+
+    def timesteps(self, n):
+        """The n steps of a sampling run, LongTensor (n,), descending: "leading" spacing, every T//n-th step."""
+        if not 1 <= n <= self.T:
+            raise UserError(f"{n} sampling steps: it must be 1 to {self.T}")
+        steps = torch.arange(n).flip(0) * (self.T // n) + self.offset
+        if steps[0] >= self.T:
+            raise UserError(f"{n} sampling steps give a timestep above {self.T - 1}; take another number")
+        return steps
+
+    def add_noise(self, x0, noise, t):
+        """x_t from x_0."""
+        abar = self.abar(t, x0)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+    def target(self, x0, noise, t):
+        """What the model is trained to say: eps, or v = sqrt(abar) eps - sqrt(1-abar) x_0 (arXiv 2202.00512)."""
+        abar = self.abar(t, x0)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * x0 if self.v_prediction else noise
+
+    def epsilon(self, model_out, t, x):
+        """The noise that the model sees in x at step t."""
+        abar = self.abar(t, x)
+        return abar.sqrt() * model_out + (1 - abar).sqrt() * x if self.v_prediction else model_out
+
+    def move(self, x, eps, abar_from, abar_to):
+        """One DDIM move between noise levels with the same eps, in either direction (arXiv 2010.02502, Eq. 12)."""
+        x0 = (x - (1 - abar_from).sqrt() * eps) / abar_from.sqrt()
+        return abar_to.sqrt() * x0 + (1 - abar_to).sqrt() * eps
+
+    def step(self, model_out, t, x, n):
+        """x at step t - T//n, from x (B,...) at step t and what the model said there; n is the number of steps."""
+        return self.move(x, self.epsilon(model_out, t, x), self.abar(t, x), self.abar(t - self.T // n, x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading a checkpoint: a folder in diffusers layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Models:
+    """The five parts of a text-to-video model. The networks are frozen and in eval mode."""
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet3DConditionModel
+    scheduler: DDIMScheduler
+
+    @property
+    def device(self):
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self):
+        """The number format of the UNet's weights."""
+        return self.unet.conv_in.weight.dtype
+
+
+def rename_keys(tensors, text_encoder=False):
+    """The only two differences between files in circulation and the keys of this file."""
+    renamed = {}
+    for key, value in tensors.items():
+        if key.endswith(".position_ids"):            # a constant 0, 1, 2, ... that old text encoders store
+            continue
+        if text_encoder and not key.startswith("text_model."):                          # written by transformers 5
+            key = f"text_model.{key}"
+        # The autoencoder's attention in files saved before mid-2023.
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            key = re.sub(rf"(mid_block\.attentions\.0)\.{old}\.", rf"\1.{new}.", key)
+        renamed[key] = value
+    return renamed
+
+
+def load_module(build, folder, stem, device, dtype):
+    """build(config) with the weights of `folder`: config.json and stem.safetensors, or stem.bin. Frozen, eval mode."""
+    config = read_json(folder / "config.json")
+    bin_stem = "pytorch_model" if stem == "model" else stem
+    files = [folder / f"{stem}.safetensors", folder / f"{bin_stem}.bin"]
+    path = next((f for f in files if f.is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} holds neither {files[0].name} nor {files[1].name}; get the model folder again")
+    with torch.device("meta"):                       # no memory and no random numbers for weights that get replaced
+        module = build(config)
+    tensors = rename_keys(load_tensors(path), text_encoder=build is CLIPTextModel)
+    expected = module.state_dict()
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    wrong = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
+    if missing or extra or wrong:
+        raise UserError(f"{path} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
+                        f"{len(extra)} unknown {extra[:2]}, {len(wrong)} of another shape {wrong[:2]}")
+    bad = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+    if bad:
+        raise UserError(f"{path} has values that are not finite in {bad}; get the file again")
+    module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
+    print(f"loaded {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} parameters: {folder.name}")
+    return module.eval().requires_grad_(False)
+
+
+def model_folder(folder_or_repo):
+    """The folder of a model: a path, or what `fetch_model` brings for owner/name or an alias such as zeroscope."""
+    folder = Path(folder_or_repo)
+    if (folder / "unet").is_dir():
+        return folder
+    if folder.exists() or folder_or_repo not in ALIASES and str(folder_or_repo).count("/") != 1:
+        raise UserError(f"{folder} is no model folder: there is no unet/ in it; give a folder in diffusers layout, a "
+                        f"hub repository (owner/name) or {', '.join(ALIASES)}")
+    return fetch_model(str(folder_or_repo))
+
+
+def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
+    """Models from a folder in diffusers layout or from a hub repository.
+
+    The UNet and the text encoder take `dtype`. The autoencoder stays float32: in float16 it can overflow, and its cost
+    is small next to the UNet's.
+    """
+    folder = model_folder(folder_or_repo)
+    return Models(
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        load_module(CLIPTextModel, folder / "text_encoder", "model", device, dtype),
+        load_module(AutoencoderKL, folder / "vae", "diffusion_pytorch_model", device, torch.float32),
+        load_module(UNet3DConditionModel, folder / "unet", "diffusion_pytorch_model", device, dtype),
+        DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In and out of the latent space
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHUNK = 16                                           # frames that the autoencoder takes at once; bounds the memory
+
+
+@torch.no_grad()
+def encode_prompt(models, prompts):
+    """list of B strings -> (B,L,D)"""
+    return models.text_encoder(models.tokenizer(prompts).to(models.device))
+
+
+@torch.no_grad()
+def encode_video(models, video, generator=None):
+    """video (B,3,F,h,w) in [-1,1] -> scaled latents (B,C,F,H,W): the mean, or a sample with a (CPU) generator."""
+    frames = video.transpose(1, 2).flatten(0, 1).to(models.device, torch.float32)        # (B*F, 3, h, w)
+    mean, logvar = (torch.cat(part) for part in zip(*map(models.vae.encode, frames.split(CHUNK))))
+    if generator is not None:
+        mean = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
+    return mean.unflatten(0, (len(video), -1)).transpose(1, 2) * models.vae.scaling_factor
+
+
+@torch.no_grad()
+def decode_video(models, latents):
+    """scaled latents (B,C,F,H,W) -> (B,3,F,h,w) in [-1,1]"""
+    frames = (latents.float() / models.vae.scaling_factor).transpose(1, 2).flatten(0, 1)
+    video = torch.cat([models.vae.decode(z) for z in frames.split(CHUNK)])
+    return video.unflatten(0, (len(latents), -1)).transpose(1, 2).clamp(-1, 1)
+
+
+def to_model_range(frames):
+    """(F,h,w,3) uint8 -> (1,3,F,h,w) in [-1,1]"""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def to_uint8(video):
+    """(3,F,h,w) in [-1,1] -> (F,h,w,3) uint8 numpy array"""
+    return ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+def predict(models, x, t, text, motion=None):
+    """The UNet's answer in float32, whatever the format of its weights."""
+    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: one clip's motion into the embeddings (Eq. 4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def motion_loss(kind, prediction, target, anchors):
+    """The loss of each clip, (M,), from prediction and target (M,C,F,H,W) and one anchor frame per clip (M,).
+
+    mse       || eps - eps_theta ||^2, averaged                                                           (Eq. 4)
+    debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a frame has
+              in common with the anchor counts less (MotionDirector, arXiv 2310.08465, without its LoRA terms)
+    """
+    def mse(a, b):
+        return (a - b).square().mean(dim=(1, 2, 3, 4))
+
+    if kind == "mse":
+        return mse(prediction, target)
+    if kind == "debiased":
+        clips, alpha = torch.arange(len(anchors)), math.sqrt(2)
+        apart = [alpha * x - x[clips, :, anchors][:, :, None] for x in (prediction, target)]
+        return mse(prediction, target) + mse(*apart)
+    raise UserError(f"loss = {kind!r} is not known; it takes mse or debiased")
+
+
+def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse", state=None, state_every=25,
+                 snapshots=(), on_snapshot=None, checkpointing=False, progress=True, **settings):
+    """Learns the motion of M clips: latents (M,C,F,H,W), text (M,L,D) -> MotionEmbeddings, in eval mode.
+
+    M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen              (Eq. 4)
+
+    AdamW, constant learning rate, one noise level per clip and step. The loss is the mean per clip, summed over clips,
+    and every clip draws from a generator of its own: together equals alone. The result has `losses` (steps, M).
+
+    state        file that keeps the training every `state_every` steps; an interrupted call goes on from it
+    snapshots    steps after which on_snapshot(step, motion) is called, motion in eval mode
+    settings     of MotionEmbeddings: use_mqk, use_mv, levels, ...
+
+    The authors train in fp16 with dropout active; here the UNet stays in eval mode, so there is no dropout.
+    """
+    clips, _, frames, height, width = latents.shape
+    motion = MotionEmbeddings(models.unet.config, frames, height, width, clips=clips, **settings).to(models.device)
+    optimizer = torch.optim.AdamW(motion.parameters(), lr=lr)
+    # Gradients of float16 activations would vanish below 6e-8: the scaler multiplies the loss and divides the gradients.
+    scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
+    generators = [torch.Generator().manual_seed(seed) for _ in range(clips)]
+    losses = []
+    if state and Path(state).exists():
+        losses = _load_state(state, motion, optimizer, scaler, generators)
+
+    motion.train()
+    models.unet.checkpointing = checkpointing
+    bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step", disable=not progress)
+    for step in bar:
+        t, noise, anchors = [], [], []
+        for generator in generators:
+            t.append(torch.randint(models.scheduler.T, (), generator=generator))
+            noise.append(torch.randn(latents.shape[1:], generator=generator))
+            anchors.append(torch.randint(frames, (), generator=generator))
+        t, noise, anchors = torch.stack(t), torch.stack(noise).to(latents), torch.stack(anchors)
+
+        x_t = models.scheduler.add_noise(latents, noise, t)
+        prediction = predict(models, x_t, t.to(models.device), text, motion)
+        target = models.scheduler.target(latents, noise, t)
+        per_clip = motion_loss(loss, prediction, target, anchors)
+        if not per_clip.isfinite().all():
+            raise UserError(f"the loss is not finite at step {step + 1}: lower --lr (now {lr}) or use --dtype float32")
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(per_clip.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        losses.append(per_clip.tolist())
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}")
+        if state and (step + 1) % state_every == 0:
+            _save_state(state, motion, optimizer, scaler, generators, losses)
+        if step + 1 in snapshots:
+            on_snapshot(step + 1, motion.eval())
+            motion.train()
+    models.unet.checkpointing = False
+    motion.losses = torch.tensor(losses)
+    return motion.eval()
+
+
+def _save_state(path, motion, optimizer, scaler, generators, losses):
+    with atomic_write(path) as temporary:
+        torch.save(dict(motion=motion.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        generators=[g.get_state() for g in generators], losses=losses), temporary)
+
+
+def _load_state(path, motion, optimizer, scaler, generators):
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        motion.load_state_dict(state["motion"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        for generator, saved in zip(generators, state["generators"], strict=True):
+            generator.set_state(saved)
+        return state["losses"]
+    except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
+        raise UserError(f"the training state {path} cannot be used ({one_line(error)}); delete it to start over") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: new clips with that motion
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def ddim_invert(models, latents, text, steps=50, progress=True):
+    """The noise (B,C,F,H,W) from which deterministic sampling would give `latents` back (nearly): DDIM run backwards.
+
+    From the lowest timestep up, eps is taken from x of the level below; text is (B,L,D), usually of the empty prompt.
+    """
+    scheduler, x, below = models.scheduler, latents, 0   # the clean latents count as level 0: alphas_cumprod[0]
+    for t in tqdm(scheduler.timesteps(steps).flip(0), "inverting", unit="step", disable=not progress):
+        eps = scheduler.epsilon(predict(models, x, t, text), t, x)
+        x = scheduler.move(x, eps, scheduler.abar(below, x), scheduler.abar(t, x))
+        below = t
+    return x
+
+
+def blend_noise(inverted, fresh, prior):
+    """Start noise: sqrt(prior) * the inverted reference + sqrt(1 - prior) * fresh noise; the authors take prior 0.5.
+
+    The weights keep the variance at 1. The inverted part brings the rough layout of the reference's motion along, which
+    is why eval_mi.py always compares with this noise and no embeddings.
+    """
+    return math.sqrt(prior) * inverted + math.sqrt(1 - prior) * fresh
+
+
+@torch.no_grad()
+def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, progress=True):
+    """noise (B,C,F,H,W), text and negative (B,L,D) -> latents (B,C,F,H,W): DDIM with classifier-free guidance.
+
+    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings act on both halves;
+    guidance <= 1 runs the prompt alone.
+    """
+    scheduler, x, guided = models.scheduler, noise, guidance > 1
+    texts = torch.cat([negative, text]) if guided else text
+    for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
+        out = predict(models, torch.cat([x, x]) if guided else x, t, texts, motion)
+        if guided:
+            without, with_prompt = out.chunk(2)
+            out = without + guidance * (with_prompt - without)
+        x = scheduler.step(out, t, x, steps)
+    return x
+
+
+# ==========================================================================================================
+# Files: written beside their place and renamed; tensors are read without trusting the file
+# ==========================================================================================================
+def one_line(error):
+    """The first line of what another library says, to end a message of ours with."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, else delete it.
+
+    The folder is created. A reader of `path` meets the old file or the whole new one, never a part of it.
+    UserError: the place cannot be written.
+    """
+    path = Path(path)
+    # The suffix stays last: PIL and ffmpeg choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # an unwritable folder shows here, before any work is done
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"cannot write {path} ({reason}): choose another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_json(path):
+    """The JSON object in a file, as a dict. UserError: missing, not JSON, not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({one_line(error)}); fetch or write it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _safetensors_header(path):
+    """(header, metadata, where the data begins). On disk: 8 bytes little-endian length, JSON, raw data."""
+    try:
+        with open(path, "rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise UserError(f"{path} is truncated or no safetensors file: a header of {length} bytes "
+                                f"does not fit into its {size} bytes; fetch it again")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is not text")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no safetensors file: bad header ({one_line(error)})") from error
+    return header, metadata, 8 + length
+
+
+def _load_safetensors(path):
+    """{name: tensor}: views of the memory-mapped file, after every offset in its header was checked."""
+    header, _, start = _safetensors_header(path)
+    with open(path, "rb") as file:
+        # Pages load when they are used; ACCESS_COPY: whoever writes into a tensor does not change the file.
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data = torch.frombuffer(memory, dtype=torch.uint8)[start:]
+    tensors, position = {}, 0
+    try:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
+            dtype = SAFETENSORS_DTYPES.get(dtype)
+            if dtype is None:
+                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+            if any(n < 0 for n in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name}: {end - begin} bytes cannot hold shape {shape} of {entry['dtype']}")
+            # Each tensor begins where the one before it ended: this excludes gaps and overlaps at once.
+            if begin != position or end > len(data):
+                raise ValueError(f"{name}: bytes {begin} to {end} overlap, leave a gap or lie outside")
+            raw = data[begin:end]
+            if (start + begin) % dtype.itemsize:
+                raw = raw.clone()  # old writers did not align; a wider dtype needs it
+            tensors[name], position = raw.view(dtype).reshape(shape), end
+        if position != len(data):
+            raise ValueError(f"{len(data) - position} bytes belong to no tensor")
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{path} is damaged or truncated ({one_line(error)}); fetch it again") from error
+    return tensors
+
+
+def load_tensors(path):
+    """{name: tensor on the CPU} from .safetensors, or from .bin / .pt / .pth without running code from it.
+
+    UserError: missing, truncated, offsets that lie, unknown dtype, a pickle that holds more than tensors.
+    A pickle is a program; `weights_only` refuses every call but the few that build tensors.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    if Path(path).suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} was refused: it is damaged, or a pickle with code or objects beside "
+                        f"tensors; get a safetensors file or fetch it again ({type(error).__name__})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f"{path} should hold a dict of tensors (a state dict)")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def read_metadata(path):
+    """The {str: str} metadata of a safetensors file; {} where it has none."""
+    return _safetensors_header(path)[1]
+
+
+def save_safetensors(path, tensors, metadata=None):
+    """Write {name: tensor} and optional {str: str} metadata as safetensors, atomically; dtypes are kept."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    # Wide dtypes first, and a header padded to 8 bytes: every tensor lies at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header, position = {"__metadata__": metadata or {}}, 0
+    for name, tensor in ordered:
+        offsets = [position, position := position + tensor.numel() * tensor.dtype.itemsize]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+# ==========================================================================================================
+# Hub: {endpoint}/{repo}/resolve/{revision}/{file}; resumed, verified, cached
+# ==========================================================================================================
+ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
+NETWORK_ERRORS = (
+    urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
+)
+
+
+class NotOnHub(UserError):
+    """The hub has no such file (404). Some files are optional."""
+
+
+class _KeepRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes urllib hand redirects back: their headers hold the hash, and the token must stay behind."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def _open_url(url, offset, token):
+    """GET `url` from byte `offset` on; returns (answer, SHA-256 of the whole file or "", its bytes or None).
+
+    Hash and size are the hub's word (X-Linked-Etag, X-Linked-Size), sent with the redirect to a storage host.
+    """
+    opener, hub = urllib.request.build_opener(_KeepRedirects), urlsplit(url)[:2]
+    sha256, size = "", None
+    for _ in range(10):
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise UserError(f"{url} is no web address: HF_ENDPOINT should look like https://huggingface.co")
+        at_hub = urlsplit(url)[:2] == hub  # same scheme, host and port: only there the token may go
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        if token and at_hub:
+            headers["Authorization"] = f"Bearer {token}"
+        try:
+            answer = opener.open(urllib.request.Request(url, headers=headers), timeout=30)
+        except urllib.error.HTTPError as error:  # urllib raises all but 2xx; it is an answer all the same
+            answer = error
+        if at_hub:
+            etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+            if re.fullmatch("[0-9a-f]{64}", etag):  # small files carry a git SHA-1 there
+                sha256 = etag
+            size = int(answer.headers.get("X-Linked-Size") or 0) or size
+        if answer.status not in (301, 302, 303, 307, 308):
+            return answer, sha256, size
+        answer.close()
+        url = urljoin(url, answer.headers.get("Location", ""))
+    raise UserError(f"{url}: too many redirects; check HF_ENDPOINT")
+
+
+def _download(url, target, token):
+    """Bring `url` to `target` by way of a part file that a later call continues.
+
+    The part is named by the SHA-256 of the whole, so that parts of two versions are never joined. Raises one
+    of NETWORK_ERRORS where another attempt may help, UserError where it will not.
+    """
+    part = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
+    offset = part.stat().st_size if part else 0
+    answer, sha256, size = _open_url(url, offset, token)
+    with answer:
+        if answer.status == 404:
+            raise NotOnHub(f"{url} does not exist (404): check the name of the folder or repository")
+        if answer.status in (401, 403):
+            raise UserError(f"{url} was refused ({answer.status}): no such repository, or a gated one: "
+                            "accept its terms on its page and set HF_TOKEN")
+        if part and (answer.status == 416 or sha256 not in part.name):
+            part.unlink()  # the part is no beginning of this file: start again
+            raise ConnectionError("the file on the hub has changed")
+        if answer.status not in (200, 206):
+            raise ConnectionError(f"the server answered {answer.status}")
+        resumed = answer.status == 206  # 200: the server ignores Range and sends everything
+        offset = offset if resumed else 0
+        size = size or offset + int(answer.headers.get("Content-Length") or 0)
+        needed, free = size - offset, shutil.disk_usage(target.parent).free
+        if needed > free:
+            raise UserError(f"the disk is too full for {target.name}: {needed / 1e6:.0f} MB to come, "
+                            f"{free / 1e6:.0f} MB free in {target.parent}; make room or set HF_HOME")
+        part = target.with_name(f".{target.name}.{sha256}.part")
+        bar = tqdm(total=size, initial=offset, unit="B", unit_scale=True, desc=target.name,
+                   disable=not sha256)  # small files come without a hash, and need no bar
+        with bar, open(part, "ab" if resumed else "wb") as file:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+    if part.stat().st_size < size:
+        raise ConnectionError(f"the connection ended at byte {part.stat().st_size} of {size}")
+    digest = hashlib.sha256()
+    with open(part, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if sha256 and digest.hexdigest() != sha256:
+        part.unlink()
+        raise UserError(f"{target.name} arrived damaged (SHA-256 {digest.hexdigest()[:12]}..., the hub says "
+                        f"{sha256[:12]}...) and was deleted: run it again, or check HF_ENDPOINT")
+    os.replace(part, target)
+
+
+def fetch(repo, filename, revision="main"):
+    """Path in the cache of `filename` of hub repository `repo` ("owner/name"); downloaded if it is not there.
+
+    Environment: HF_ENDPOINT (hub), HF_TOKEN (gated models), HF_HOME (cache; default ~/.cache/huggingface).
+    UserError: no network, refused, damaged, disk full; NotOnHub: 404.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name)")
+    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "mini_mi"
+    target = cache / repo.replace("/", "--") / quote(revision, safe="") / filename
+    if target.is_file():
+        return target
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(filename)}"
+    for pause in (0.5, 1, 2, 4, 8):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _download(url, target, os.environ.get("HF_TOKEN", "").strip())
+            return target
+        except NETWORK_ERRORS as error:
+            problem = one_line(getattr(error, "reason", error))
+            if pause == 0.5 and isinstance(error, urllib.error.URLError):
+                break  # there is no way to the hub at all: waiting would only delay the message
+            time.sleep(pause)
+        except OSError as error:
+            raise UserError(f"cannot write {target} ({error.strerror}): make room or set HF_HOME") from error
+    raise UserError(f"cannot fetch {url} ({problem}): check the network, run it again; what came is kept")
+
+
+def fetch_model(repo):
+    """Folder with the files of a text-to-video repository (or alias) in diffusers layout; see fetch."""
+    repo = ALIASES.get(repo, repo)
+    folder = fetch(repo, "model_index.json").parent
+    complete = folder / ".complete"  # offline, nobody can say again which optional files there are
+    if complete.exists():
+        return folder
+    for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json",
+                 "text_encoder/config.json", "vae/config.json", "unet/config.json"):
+        fetch(repo, name)
+    for name in ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"):
+        with contextlib.suppress(NotOnHub):
+            fetch(repo, name)
+    for name, pickled in (("text_encoder/model", "text_encoder/pytorch_model"),
+                          ("vae/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
+                          ("unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model")):
+        try:
+            fetch(repo, f"{name}.safetensors")
+        except NotOnHub:
+            fetch(repo, f"{pickled}.bin")
+    complete.touch()
+    return folder
+
+
+# ==========================================================================================================
+# Video files: PIL for GIF, WebP, APNG and folders of images; the program ffmpeg for everything else
+# ==========================================================================================================
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SMALLEST = 8  # pixels; a smaller frame has no motion worth learning
+
+
+def _picture_frames(path):
+    """Yield the frames of a picture file as RGB PIL images, white where nothing was painted."""
+    try:
+        with warnings.catch_warnings():  # a size that PIL only warns of is refused, too
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # A closed list of formats: others may start programs (EPS), whatever the suffix says.
+            image = Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF"))
+        with image:
+            # An APNG may begin with a still for old viewers that is no part of the clip.
+            for index in range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1)):
+                image.seek(index)
+                frame = ImageOps.exif_transpose(image).convert("RGBA")
+                yield Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame).convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} has too many pixels to be decoded safely: scale it down first") from error
+    except Exception as error:  # decoders raise anything on damaged files
+        raise UserError(f"{path} is damaged or no picture file ({one_line(error)})") from error
+
+
+def _folder_frames(folder):
+    """Yield the images of a folder as RGB PIL images in natural order (2.png before 10.png)."""
+    def natural(path):
+        return [int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", path.name)]
+
+    paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    for path in sorted(paths, key=natural):
+        yield next(_picture_frames(path))
+
+
+def _ffmpeg(path):
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise UserError(f"{path}: this format needs the program ffmpeg, which is not on PATH: install it, or "
+                        "use .gif or .webp")
+    return program
+
+
+def _ffmpeg_frames(path):
+    """Yield the frames of a video file as RGB PIL images, upright and with square pixels."""
+    # The frames are renumbered, so that exactly the stored ones arrive also where the rate varies. As PPM
+    # pictures they tell their own size (with a phone's rotation mark the size in the header is wrong).
+    command = [_ffmpeg(path), "-v", "error", "-xerror", "-nostdin", "-i", f"file:{path}", "-map", "0:v:0",
+               "-vf", "settb=1/25,setpts=N,scale=iw*sar:ih", "-r", "25",
+               "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    # Errors go to a file: a second pipe that nobody empties would stop ffmpeg when it is full.
+    with (tempfile.TemporaryFile() as log,
+          subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process):
+        pipe = process.stdout
+        try:
+            while pipe.readline():  # "P6", then "width height", then "255", then the bytes
+                size = tuple(map(int, pipe.readline().split()))
+                pipe.readline()
+                yield Image.frombytes("RGB", size, pipe.read(3 * size[0] * size[1]))
+            if process.wait():
+                log.seek(0)
+                reason = re.sub(r"\[.*?\] ", "", one_line(log.read().decode(errors="replace")))
+                raise UserError(f"{path} is damaged, truncated or no video ({reason}): export it again")
+        finally:
+            process.kill()  # a reader that has enough leaves early
+
+
+def _frames(path):
+    """Yield the frames of any supported clip as RGB PIL images of one size; UserError if that cannot be."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a video file, a GIF or a folder of images")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
+    picture = path.suffix.lower() in (".gif", ".webp", ".png", ".apng")
+    reader = _folder_frames if path.is_dir() else _picture_frames if picture else _ffmpeg_frames
+    size = None
+    with contextlib.closing(reader(path)) as frames:
+        for frame in frames:
+            size = size or frame.size
+            if frame.size != size:
+                raise UserError(f"{path} mixes frames of {size} and {frame.size} pixels: scale them to one size")
+            if min(size) < SMALLEST:
+                raise UserError(f"{path} has frames of {size} pixels: {SMALLEST} x {SMALLEST} are the least")
+            yield frame
+
+
+def read_video(path, frames, size, stride=None):
+    """Read a clip as (F,h,w,3) uint8, where F = `frames` and `size` = (width, height) in pixels.
+
+    The frames are spaced evenly from first to last, or are every `stride`-th from the first. Each is scaled
+    (bicubic, antialiased) until it covers `size`, then cropped to the centre. Frames are never repeated: a
+    clip with too few of them is a UserError, and so is everything that cannot be decoded.
+    """
+    if frames < 1 or (stride is not None and stride < 1):
+        raise UserError(f"frames ({frames}) and stride ({stride}) must be at least 1")
+    # Decoded twice, at first only to count: so a long film needs memory for the chosen frames alone.
+    total = sum(1 for _ in _frames(path))
+    needed = frames if stride is None else (frames - 1) * stride + 1
+    if total < needed:
+        raise UserError(f"{path} has {total} frame{'s' * (total != 1)}, but {needed} are needed: "
+                        "take a longer clip, fewer frames or a smaller stride")
+    wanted = np.linspace(0, total - 1, frames).round() if stride is None else np.arange(needed)[::stride]
+    chosen = [frame for index, frame in enumerate(_frames(path)) if index in wanted]
+    return np.stack([np.asarray(ImageOps.fit(frame, size, Image.Resampling.BICUBIC)) for frame in chosen])
+
+
+def _gif(frames, fps):
+    """GIF bytes with one palette for all frames and no dithering: what stands still does not flicker.
+
+    PIL's animation writer merges equal neighbours into one longer frame, and the clip would come back shorter
+    than it was; so the bytes around the frames are written here (GIF89a specification).
+    """
+    _, height, width, _ = frames.shape
+    some = frames.reshape(-1, 1, 3)[:: frames.size // 2**20 | 1]  # a third of a million pixels will do
+    palette = Image.fromarray(np.ascontiguousarray(some)).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
+    data = struct.pack("<6sHHBBB", b"GIF89a", width, height, 0xF7, 0, 0)  # 0xF7: 256 colours for all frames
+    data += bytes(palette.getpalette()).ljust(768, b"\0")
+    data += b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"  # loop for ever
+    for index, frame in enumerate(frames):
+        # Hundredths of a second that add up to the right length; viewers do not respect fewer than 2.
+        duration = max(2, round((index + 1) * 100 / fps) - round(index * 100 / fps))
+        image = Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+        data += b"".join(GifImagePlugin.getdata(image, duration=10 * duration))
+    return data + b";"
+
+
+def _webp(frames, fps):
+    """Lossless animated WebP bytes.
+
+    libwebp merges equal neighbours, too, so the chunks are written here: VP8X, ANIM, and an ANMF around each
+    still (WebP container specification).
+    """
+    def chunk(name, data):
+        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+    def bits24(*numbers):
+        return b"".join(struct.pack("<I", number)[:3] for number in numbers)
+
+    size = bits24(frames.shape[2] - 1, frames.shape[1] - 1)
+    chunks = chunk(b"VP8X", b"\2\0\0\0" + size) + chunk(b"ANIM", bytes(6))  # 2: animated; loop for ever
+    for index, frame in enumerate(frames):
+        still = BytesIO()
+        Image.fromarray(frame).save(still, "WEBP", lossless=True, quality=50)  # lossless: quality is effort
+        duration = round((index + 1) * 1000 / fps) - round(index * 1000 / fps)  # milliseconds
+        # Offset, size, duration, 2: paint over all; then the still without the 12 bytes of its RIFF header.
+        chunks += chunk(b"ANMF", bits24(0, 0) + size + bits24(duration) + b"\2" + still.getvalue()[12:])
+    return chunk(b"RIFF", b"WEBP" + chunks)
+
+
+def write_video(path, frames, fps):
+    """Write (F,h,w,3) uint8 `frames` at `fps` frames per second as .gif, .webp (lossless) or .mp4.
+
+    Read again, it has F frames, equal neighbours included. An mp4 of odd size repeats its last row or column,
+    since yuv420p keeps colour for pairs of pixels. UserError: another suffix, no ffmpeg, unwritable.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".gif", ".webp", ".mp4"):
+        raise UserError(f"cannot write {path}: its name should end in .gif, .webp or .mp4")
+    with atomic_write(path) as temporary:
+        if suffix == ".mp4":
+            _, height, width, _ = frames.shape
+            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+            command = [_ffmpeg(path), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
+                       "-s", f"{width + width % 2}x{height + height % 2}", "-r", str(fps), "-i", "-",
+                       "-pix_fmt", "yuv420p", "-b:v", "8M", "-movflags", "+faststart", f"file:{temporary}"]
+            result = subprocess.run(command, input=frames.tobytes(), capture_output=True)
+            if result.returncode:
+                raise UserError(f"ffmpeg cannot write {path}: {one_line(result.stderr.decode())}")
+        else:
+            temporary.write_bytes(_gif(frames, fps) if suffix == ".gif" else _webp(frames, fps))
+
+
+# ==========================================================================================================
+# Pictures: labelled frames and the loss curve, drawn with PIL alone
+# ==========================================================================================================
+INK, GREY, PALE, BLUE, SKY = "#20242c", "#858c97", "#e6e8ec", "#1f5fbf", "#b9d0f0"
+
+
+def _caption(text, width, lines):
+    """(18*lines+6, width, 3) uint8: `text` on white, wrapped, ending in "..." where it needs more lines."""
+    font, strip = ImageFont.load_default(14), Image.new("RGB", (width, 18 * lines + 6), "white")
+    rows = textwrap.wrap(text, int(width / font.getlength("n")), max_lines=lines, placeholder="...")
+    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(rows), INK, font, spacing=4)
+    return np.asarray(strip)
+
+
+def _enlarge(video, width):
+    """(F,h,w,3) uint8 enlarged by the whole number that brings it closest to `width`; never reduced."""
+    scale = max(1, round(width / video.shape[2]))
+    size = (scale * video.shape[2], scale * video.shape[1])
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in video])
+
+
+def side_by_side(videos, labels):
+    """(F,H,W,3) uint8: clips (F,h,w,3) of one size in a row under their labels, enlarged when tiny."""
+    columns = []
+    for video, label in zip(videos, labels, strict=True):
+        video = np.pad(_enlarge(video, 192), ((0, 0), (0, 0), (0, 6), (0, 0)), constant_values=255)
+        strip = _caption(label, video.shape[2], 3)
+        columns.append(np.stack([np.concatenate([strip, frame]) for frame in video]))
+    return np.concatenate(columns, axis=2)
+
+
+def contact_sheet(rows):
+    """PIL image with a row per (label, video (F,h,w,3) uint8): up to 8 frames, evenly from first to last."""
+    strips = []
+    for label, video in rows:
+        chosen = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
+        tiles = np.pad(_enlarge(video[chosen], 128), ((0, 0), (0, 6), (0, 6), (0, 0)), constant_values=255)
+        strip = np.concatenate(list(tiles), axis=1)
+        strips += [_caption(label, strip.shape[1], 1), strip]
+    width = max(strip.shape[1] for strip in strips)
+    strips = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
+    return Image.fromarray(np.concatenate(strips))
+
+
+def _ticks(low, high):
+    """About five round numbers within [low, high]: 1, 2 or 5 times a power of ten apart."""
+    step = 10 ** math.floor(math.log10((high - low) / 5))
+    step *= next(factor for factor in (1, 2, 5, 10) if factor * step * 6 >= high - low)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def loss_curve(losses):
+    """PIL image, 900x480: the loss of each training step as a pale dot, its moving average as a line."""
+    losses = np.asarray(losses, dtype=float)
+    window = np.ones(max(1, len(losses) // 12))
+    # Centred average; the division makes averages of the shorter windows at both ends, too.
+    mean = np.convolve(losses, window) / np.convolve(np.ones_like(losses), window)
+    mean = mean[len(window) // 2:][:len(losses)]
+    last, highest = max(2, len(losses)), max(1.05 * losses.max(), 1e-9)
+
+    zoom = 2  # drawn at twice the size, then reduced: PIL does not antialias lines
+    left, top, right, bottom, dot = 80 * zoom, 44 * zoom, 876 * zoom, 420 * zoom, 2.5 * zoom
+    image = Image.new("RGB", (900 * zoom, 480 * zoom), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14 * zoom)
+
+    def place(step, loss):
+        return left + (right - left) * (step - 1) / (last - 1), bottom - (bottom - top) * loss / highest
+
+    for tick in _ticks(0, highest):
+        y = place(1, tick)[1]
+        draw.line((left, y, right, y), PALE, zoom)
+        draw.text((left - 8 * zoom, y), f"{tick:.4g}", GREY, font, anchor="rm")
+    for tick in _ticks(1, last):
+        if tick == round(tick):  # there is no half step
+            x = place(tick, 0)[0]
+            draw.line((x, bottom, x, bottom + 5 * zoom), GREY, zoom)
+            draw.text((x, bottom + 10 * zoom), f"{tick:.0f}", GREY, font, anchor="mt")
+    draw.line((left, bottom, right, bottom), GREY, zoom)
+    for x, y in map(place, range(1, len(losses) + 1), losses):
+        draw.ellipse((x - dot, y - dot, x + dot, y + dot), SKY)
+    draw.line(list(map(place, range(1, len(losses) + 1), mean)), BLUE, 3 * zoom, joint="curve")
+    draw.text(((left + right) / 2, bottom + 34 * zoom), "training step", INK, font, anchor="mt")
+    draw.text((left, 14 * zoom), f"loss   (line: mean of {len(window)} steps)", INK, font)
+    return image.resize((900, 480), Image.Resampling.LANCZOS)

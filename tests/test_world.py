@@ -1,0 +1,140 @@
+"""The tiny world: every promise that training, evaluation and the reference clips rely on."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent.parent / "data"
+sys.path.insert(0, str(DATA))
+import world  # noqa: E402
+
+SEEDS = range(40)
+STILL = {"rest", "zoom_in", "zoom_out", "spin"}          # neither sprite centre nor camera moves
+CLIPS = json.loads((DATA / "clips" / "clips.json").read_text())
+
+
+def test_scene_is_a_function_of_its_arguments_and_survives_json():
+    for seed in SEEDS:
+        first, again = world.scene(seed, world.TRAIN_MOTIONS), world.scene(seed, list(world.TRAIN_MOTIONS))
+        assert first == again == json.loads(json.dumps(first))
+        assert np.array_equal(world.render(first), world.render(again))
+    assert not np.array_equal(world.render(world.scene(0)), world.render(world.scene(1)))
+
+
+def test_captions_are_288_and_read_back():
+    captions = world.all_captions()
+    assert len(set(captions)) == 288
+    for text in captions:
+        assert world.describe(*world.attributes(text)) == text
+        assert world.caption(world.scene(0, prompt=text)) == text
+    # The motion is never named, and no word means two things.
+    words = [set(names) for names in (world.SHAPES, world.COLOURS, world.PATTERNS, world.BACKGROUNDS)]
+    assert len(set.union(*words)) == sum(map(len, words)) == 17
+
+
+@pytest.mark.parametrize("text, culprit", [
+    ("a pink star on a teal striped background", "'pink'"),
+    ("a red star on a red striped background", "'red'"),
+    ("a red star on a teal striped", "its end"),
+    ("a red star on a teal striped background moving left", "'moving'"),
+    ("", "its end"),
+])
+def test_a_caption_that_cannot_be_read_names_the_word(text, culprit):
+    with pytest.raises(ValueError, match=f"it has {culprit}"):
+        world.scene(0, prompt=text)
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+def test_another_prompt_keeps_the_motion(motion):
+    for seed in SEEDS:
+        own = world.scene(seed, [motion])
+        other = world.scene(seed, [motion], "a red star on a teal striped background")
+        for a, b in zip(world.trajectory(own), world.trajectory(other)):
+            assert np.array_equal(a, b)
+        assert own["radius"] == other["radius"] and world.caption(other).startswith("a red star")
+
+
+def test_heldout_motions_are_not_trained_on():
+    assert not set(world.TRAIN_MOTIONS) & set(world.HELDOUT_MOTIONS)
+    assert len(world.TRAIN_MOTIONS) >= 14 and len(world.HELDOUT_MOTIONS) >= 8
+    drawn = {world.scene(seed, world.TRAIN_MOTIONS)["motion"] for seed in range(400)}
+    assert drawn == set(world.TRAIN_MOTIONS)
+    # Only the counter-pan has a sprite that moves straight against its background.
+    for motion, against in (("pan_line", False), ("pan_counter", True)):
+        for seed in SEEDS:
+            course = world.trajectory(world.scene(seed, [motion]))
+            sprite = np.array([np.ptp(course.x) * np.sign(course.x[-1] - course.x[0]),
+                               np.ptp(course.y) * np.sign(course.y[-1] - course.y[0])])
+            camera = np.array([course.camera_x[-1], course.camera_y[-1]])
+            cosine = sprite @ camera / np.linalg.norm(sprite) / np.linalg.norm(camera)
+            assert (cosine > 0.95) == against and (against or cosine < 0.51)
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+def test_speed_and_place(motion):
+    for seed in SEEDS:
+        scene = world.scene(seed, [motion])
+        course = world.trajectory(scene)
+        sprite = np.hypot(np.diff(course.x), np.diff(course.y))
+        camera = np.hypot(np.diff(course.camera_x), np.diff(course.camera_y))
+        assert max(sprite.max(), camera.max()) < 11
+        assert motion in STILL or max(sprite.mean(), camera.mean()) >= 1.4
+        # The sprite stays inside the picture by its radius, at its largest scale.
+        margin = scene["radius"] * course.scale.max()
+        for centre in (course.x, course.y):
+            assert centre.min() >= margin - 0.1 and centre.max() <= world.SIZE - margin + 0.1
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+def test_frames_and_size_sample_the_same_scene(motion):
+    scene = world.scene(7, [motion])
+    # 31 frames have 30 steps: every second one is a frame of 16.
+    assert np.allclose(world.path(scene, 31)[::2], world.path(scene, 16))
+    assert np.array_equal(world.render(scene, 31)[::2][[0, -1]], world.render(scene, 16)[[0, -1]])
+    small, large = world.render(scene, 4), world.render(scene, 4, size=128)
+    assert small.shape == (4, 64, 64, 3) and large.shape == (4, 128, 128, 3) and small.dtype == np.uint8
+    # Averaged down by 2 the large picture is the small one, but for antialiasing.
+    halved = large.reshape(4, 64, 2, 64, 2, 3).mean(axis=(2, 4))
+    assert abs(halved - small).mean() < 2
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_the_sprite_is_where_the_path_says_and_stands_out(shape):
+    for colour in world.COLOURS:
+        for background in world.BACKGROUNDS:
+            scene = world.scene(3, ["line"], world.describe(shape, colour, "plain", background))
+            video = world.render(scene).astype(float)
+            away = abs(video - np.array(world.BACKGROUNDS[background])).sum(-1)
+            assert away.max() > 150
+            inside = away > away.max() / 2
+            # The area of the sprite is about that of a disc of its radius.
+            assert 0.6 < inside.sum((1, 2)).mean() / (np.pi * scene["radius"] ** 2) < 1.1
+            rows, columns = np.mgrid[:64, :64] + 0.5
+            centre = np.stack([(inside * columns).sum((1, 2)), (inside * rows).sum((1, 2))], 1)
+            centre /= inside.sum((1, 2))[:, None]
+            assert abs(centre - world.path(scene)).max() < 1
+
+
+def test_clips_are_their_render():
+    assert list(CLIPS) == list(world.CLIPS) and len(CLIPS) == 12
+    assert next(iter(CLIPS)) == "figure_eight"
+    assert len({clip["seed"] for clip in CLIPS.values()}) == 12
+    assert len({clip["motion"] for clip in CLIPS.values()}) >= 6
+    for name, clip in CLIPS.items():
+        assert clip["motion"] in world.HELDOUT_MOTIONS
+        expected = world.render(world.scene(clip["seed"], [clip["motion"]], clip["caption"]))
+        assert np.array_equal(world.read_clip(DATA / "clips" / f"{name}.webp"), expected)
+
+
+def test_target_prompts_share_nothing_with_their_clip():
+    for clip in CLIPS.values():
+        own = world.attributes(clip["caption"])
+        assert len(set(clip["prompts"])) == 3
+        assert clip["prompts"] == world.target_prompts(clip["caption"], clip["seed"], clip["motion"])
+        for text in clip["prompts"]:
+            assert all(a != b for a, b in zip(world.attributes(text), own))
+            # A camera motion needs a background that shows it.
+            assert clip["motion"] != "pan_counter" or "plain" not in text
