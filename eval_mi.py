@@ -27,6 +27,9 @@ import argparse
 import base64
 import csv
 import dataclasses
+import datetime
+import functools
+import glob
 import hashlib
 import html
 import io
@@ -34,6 +37,7 @@ import json
 import math
 import os
 import platform
+import resource
 import sys
 import time
 from pathlib import Path
@@ -42,38 +46,42 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import mini_mi
+from data import world
 
 
-# =====================================================================================================================
+# ===========================================================================================================
 #   THE JUDGES: CLIP and Inception, compact, with the keys of the published weight files
-# =====================================================================================================================
+# ===========================================================================================================
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-CLIP_TEXT_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-                          vocab_size=49408, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5)
-CLIP_VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                            image_size=224, patch_size=32, num_channels=3, hidden_act="quick_gelu",
-                            layer_norm_eps=1e-5)
+CLIP_TEXT_DEFAULTS = dict(
+    hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=49408,
+    max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+CLIP_VISION_DEFAULTS = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+    patch_size=32, num_channels=3, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 
 
 def _clip_settings(config, defaults):
-    """The fields of one tower. Published configs hold dozens of others (text generation, training): not read here."""
+    """The fields of one tower. Published configs hold dozens of others, of text generation and training."""
     return {field: (config or {}).get(field, value) for field, value in defaults.items()}
 
 
 class CLIPVisionTransformer(nn.Module):
-    """Patches and one class token through bidirectional layers: pixels (B,3,s,s) -> (B,D), the class token, normed."""
+    """Patches and a class token through bidirectional layers: pixels (B,3,s,s) -> the class token (B,D)."""
 
     def __init__(self, config):
         super().__init__()
-        c = mini_mi.read_config("CLIP image tower", _clip_settings(config, CLIP_VISION_DEFAULTS), CLIP_VISION_DEFAULTS,
-                                implemented={"hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": (3,)})
+        c = mini_mi.read_config(
+            "CLIP image tower", _clip_settings(config, CLIP_VISION_DEFAULTS), CLIP_VISION_DEFAULTS,
+            implemented={"hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": (3,)})
         tokens = (c.image_size // c.patch_size) ** 2 + 1
         self.embeddings = nn.ModuleDict({
             "patch_embedding": nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False),
@@ -88,7 +96,8 @@ class CLIPVisionTransformer(nn.Module):
     def forward(self, pixels):
         patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)            # (B, patches, D)
         first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)
-        x = self.pre_layrnorm(torch.cat([first, patches], dim=1) + self.embeddings.position_embedding.weight)
+        x = torch.cat([first, patches], dim=1) + self.embeddings.position_embedding.weight
+        x = self.pre_layrnorm(x)
         for layer in self.encoder.layers:
             x = layer(x)
         return self.post_layernorm(x[:, 0])
@@ -106,7 +115,7 @@ class CLIPModel(nn.Module):
         vision = _clip_settings(config.get("vision_config"), CLIP_VISION_DEFAULTS)
         width = config.get("projection_dim", 512)
         self.image_size = vision["image_size"]
-        self.eos_token_id = (config.get("text_config") or {}).get("eos_token_id", 49407)
+        self.eos_token_id = config.get("text_config", {}).get("eos_token_id", 49407)
         self.text_model = mini_mi.CLIPTextModel(text).text_model
         self.vision_model = CLIPVisionTransformer(vision)
         self.text_projection = nn.Linear(text["hidden_size"], width, bias=False)
@@ -120,62 +129,50 @@ class CLIPModel(nn.Module):
     def text_features(self, ids):
         """ids (B,L) -> (B,D) unit vectors, read at the end-of-text token"""
         states = self.text_model(ids)
-        # Files of 2021 and 2022 say eos_token_id = 2, which is wrong for their vocabulary; there transformers takes the
-        # largest id, which is the end-of-text token. Later files name it, and the first place that holds it counts.
+        # Files of 2021 and 2022 say eos_token_id = 2, which is wrong for their vocabulary; for these transformers
+        # takes the largest id, the end-of-text token. Later files name it, and its first place counts.
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return F.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
 
 
-def load_clip(name, device="cpu"):
-    """A CLIP folder or hub repository -> (model, tokenizer, preprocess), in HF layout.
+def clip_folder(name):
+    """The folder of a CLIP: a path, or what the hub repository `name` (owner/name) holds, fetched once."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    for file in ("config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        folder = mini_mi.fetch(str(name), file).parent
+    try:
+        mini_mi.fetch(str(name), "pytorch_model.bin")
+    except mini_mi.NotOnHub:
+        mini_mi.fetch(str(name), "model.safetensors")
+    return folder
 
-    preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop, CLIP's mean and
-    std. It rounds back to 8 bits after resizing, as CLIP's own preprocessing of PIL pictures does.
+
+def load_clip(name, device="cpu"):
+    """A CLIP folder in HF layout, or a hub repository -> (model, tokenizer, preprocess).
+
+    preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop, CLIP's
+    mean and std. It rounds to 8 bits after resizing, as CLIP's own preprocessing of PIL pictures does.
     """
-    files = {file: _clip_file(name, file) for file in ("config.json", "vocab.json", "merges.txt")}
-    optional = ("tokenizer_config.json", "special_tokens_map.json", "model.safetensors", "pytorch_model.bin")
-    files.update({file: _clip_file(name, file, required=False) for file in optional})
-    weights = files["model.safetensors"] or files["pytorch_model.bin"]
-    if not weights:
-        raise mini_mi.UserError(f"{name} has neither model.safetensors nor pytorch_model.bin; name another --clip")
-    model = CLIPModel(mini_mi.read_json(files["config.json"]))
-    tensors = {k: v.float() for k, v in mini_mi.load_tensors(weights).items() if not k.endswith("position_ids")}
-    _load_strict(model, tensors, weights)
-    tokenizer = mini_mi.CLIPTokenizer.from_pretrained(files["vocab.json"].parent)
+    folder = clip_folder(name)
+    model = mini_mi.load_module(CLIPModel, folder, "model", device, torch.float32)
+    tokenizer = mini_mi.CLIPTokenizer.from_pretrained(folder)
 
     def preprocess(frames):
         """frames (F,h,w,3) uint8 -> pixels (F,3,s,s) float32, normalised"""
         x = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).float()
         s, (height, width) = model.image_size, x.shape[-2:]
-        size = (s, max(s, int(s * width / height))) if height <= width else (max(s, int(s * height / width)), s)
+        size = (s, int(s * width / height)) if height <= width else (int(s * height / width), s)
         if size != (height, width):
-            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
+            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
+            x = x.round().clamp(0, 255)
         top, left = (size[0] - s) // 2, (size[1] - s) // 2
         x = x[..., top:top + s, left:left + s] / 255
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
         return (x - mean) / std
 
-    return model.to(device).eval().requires_grad_(False), tokenizer, preprocess
-
-
-def _clip_file(name, file, required=True):
-    """The path of one file of a CLIP folder or hub repository; None if it may be absent and is."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return mini_mi.fetch(name, file, required)
-    # The embedded CLIP shares its vocabulary with the video model, whose folder it lies in.
-    for path in (folder / file, folder.parent / "tokenizer" / file):
-        if path.is_file():
-            return path
-    if required:
-        raise mini_mi.UserError(f"{folder} is no CLIP folder: {file} is missing; name another --clip")
-
-
-def _load_strict(model, tensors, source):
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as e:
-        raise mini_mi.UserError(f"{source} does not fit: {' '.join(str(e).split())[:200]}") from None
+    return model, tokenizer, preprocess
 
 
 class InceptionConv(nn.Module):
@@ -191,10 +188,12 @@ class InceptionConv(nn.Module):
 
 
 class InceptionBlock(nn.Module):
-    """Parallel branches, concatenated. `branches`: name -> a row (c_in, c_out, kernel, stride, padding), or a list of
-    them that follow each other; there the keys end in _1, _2 ... Two rows in a tuple fork the branch: _2a and _2b.
+    """Parallel branches, concatenated.
 
-    pool: "avg" or "max", the 3x3 pool before `branch_pool` (or alone, with stride 2, if there is no such branch).
+    branches   name -> a row (c_in, c_out, kernel, stride, padding), or a list of rows that follow each other,
+               where the keys end in _1, _2 ...; a tuple of two rows forks the branch: _2a and _2b
+    pool       "avg" or "max": the 3x3 pool before `branch_pool`; where there is no such branch, the block
+               halves the size and the pool is a branch of its own
     """
 
     def __init__(self, branches, pool):
@@ -278,9 +277,13 @@ class InceptionV3(nn.Module):
     @classmethod
     def pretrained(cls, device="cpu"):
         """The published weights, fetched once and checked against the SHA-256 in their name."""
-        tensors = torch.hub.load_state_dict_from_url(cls.URL, map_location="cpu", check_hash=True, weights_only=True)
+        try:
+            tensors = torch.hub.load_state_dict_from_url(cls.URL, map_location="cpu", check_hash=True,
+                                                         weights_only=True)
+        except (OSError, RuntimeError) as e:                       # no network; or another hash
+            raise mini_mi.UserError(f"cannot fetch {cls.URL} ({e}): check the network and run again") from None
         model = cls()
-        _load_strict(model, tensors, cls.URL)
+        model.load_state_dict(tensors)
         return model.to(device).eval().requires_grad_(False)
 
     def forward(self, x):
@@ -294,9 +297,9 @@ class InceptionV3(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-# =====================================================================================================================
+# ===========================================================================================================
 #   METRICS: pure functions of arrays
-# =====================================================================================================================
+# ===========================================================================================================
 
 def _unit(features):
     return F.normalize(torch.as_tensor(features).double(), dim=-1)
@@ -512,18 +515,22 @@ def motion_fidelity(tracks_a, tracks_b, mode="paper", still=0.5):
     return float((corr.max(1).values.mean() + corr.max(0).values.mean()).div(2).clamp(-1, 1))
 
 
-def cotracker(video, grid, device="cpu"):
-    """`track_points` by CoTracker 3 (arXiv 2410.11831), fetched through torch.hub; its licence is non-commercial."""
-    model = torch.hub.load("facebookresearch/co-tracker", "cotracker3_offline", trust_repo=True).to(device)
-    pixels = torch.as_tensor(video).permute(0, 3, 1, 2)[None].float().to(device)               # (1,F,3,h,w), 0..255
+def cotracker(video, grid):
+    """`track_points` by CoTracker 3 (arXiv 2410.11831), fetched through torch.hub; non-commercial licence.
+
+    video (B,F,h,w,3) uint8 -> tracks (B,n,F,2), visible (B,n,F)
+    """
+    model = torch.hub.load("facebookresearch/co-tracker", "cotracker3_offline", trust_repo=True)
+    model = model.to(video.device)
     with torch.no_grad():
-        tracks, visible = model(pixels, grid_size=grid)                                        # (1,F,n,2), (1,F,n)
-    return tracks[0].transpose(0, 1).cpu(), visible[0].transpose(0, 1).bool().cpu()
+        # One clip at a time: it takes (1,F,3,h,w) in 0..255 and gives (1,F,n,2), (1,F,n).
+        found = [model(v.permute(0, 3, 1, 2)[None].float(), grid_size=grid) for v in video]
+    return tuple(torch.cat(parts).transpose(1, 2).cpu() for parts in zip(*found))
 
 
-# =====================================================================================================================
+# ===========================================================================================================
 #   STATISTICS: clips are the independent units; prompts and seeds of one clip are not
-# =====================================================================================================================
+# ===========================================================================================================
 
 def student_interval(values, confidence=0.95):
     """Mean and Student t interval of independent values (n,) -> (mean, low, high); n = 1: infinitely wide."""
@@ -622,3 +629,1192 @@ def clustered_share(wins, clusters, draws=10_000, seed=0):
                  for values in (wins, [1] * len(clusters)))
     pick = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
     return tuple(float(q) for q in np.percentile(won[pick].sum(1) / cast[pick].sum(1), [2.5, 97.5]))
+
+
+# ===========================================================================================================
+#   VARIANTS: each differs from the method in one thing
+# ===========================================================================================================
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of the table. train, use: settings of MotionEmbeddings while training and after; train None: none."""
+    name: str
+    hypothesis: str
+    train: dict | None = dataclasses.field(default_factory=dict)
+    use: dict = dataclasses.field(default_factory=dict)
+    prior: bool = True              # start from the blend with the inverted reference; False: plain noise
+    own_prompt: bool = False        # the reference's caption in place of the target prompts
+    sampled: bool = True            # False: no diffusion at all
+
+    @property
+    def trained_as(self):
+        """Variants of one name here share one training."""
+        return "untrained" if self.train is None else json.dumps(self.train, sort_keys=True)
+
+
+VARIANTS = {v.name: v for v in (
+    Variant("full", "the method: 1D MQK, 2D MV, debias by differences"),
+    # The two ablations that the paper never ran: the part is missing from the start.
+    Variant("no-mqk", "without MQK the order and timing of the motion suffer, since only MV is left to carry it",
+            train={"use_mqk": False}),
+    Variant("no-mv", "without MV the global course stays and local motion is lost; text similarity does not fall",
+            train={"use_mv": False}),
+    # The same parts, taken away after training together: how much does the other one rely on its partner?
+    Variant("drop-mqk", "MV was trained beside MQK: alone it should do worse than MV trained alone (no-mqk)",
+            use={"use_mqk": False}),
+    Variant("drop-mv", "the authors' choice for camera motion: text similarity rises, fidelity of objects falls",
+            use={"use_mv": False}),
+    Variant("debias-none", "raw MV carries the reference's appearance: leakage rises, text similarity falls",
+            use={"debias": "none"}),
+    Variant("debias-mean", "subtracting the mean removes static appearance as well as differences do",
+            use={"debias": "mean"}),
+    Variant("mqk-2d", "a spatial MQK can hold the reference's shape: leakage rises", train={"mqk_dims": 2}),
+    Variant("mv-1d", "MV without space cannot hold local motion: fidelity falls", train={"mv_dims": 1}),
+    Variant("debias-in-training", "MV that is trained as it is used fits better than MV debiased afterwards",
+            train={"debias_in_training": True}),
+    Variant("no-inversion", "from plain noise the embeddings alone must carry the motion: fidelity falls", prior=False),
+    # Brackets: what is there without the method, and how far any method could get.
+    Variant("base", "no embeddings, the same start noise: what the inverted noise alone achieves", train=None),
+    Variant("base-no-inversion", "no embeddings, plain noise: what the model does unasked", train=None, prior=False),
+    Variant("reconstruct", "the reference's own prompt: the method without a conflict of appearance", own_prompt=True),
+    Variant("vae", "the reference through the autoencoder and back: the bound", train=None, own_prompt=True,
+            sampled=False),
+)}
+ABLATIONS = ("no-mqk", "no-mv")                                         # the primary family, with the two metrics
+BRACKETS = ("base", "base-no-inversion", "reconstruct", "vae")
+DEFAULT_VARIANTS = ("full", *ABLATIONS, "drop-mqk", "drop-mv", "debias-none", *BRACKETS)
+
+
+# ===========================================================================================================
+#   THE GRID: clips x prompts x seeds x variants, one file per finished cell
+# ===========================================================================================================
+
+# Part of every key. Raise it with any change of code after which a cell would hold something else.
+CELL_VERSION = 1
+
+
+def setting(default, text):
+    """A field of Settings with the help that the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything that a user can set; the command line is made from it."""
+    model: str = setting("data/tiny", "model folder, hub repository (owner/name) or zeroscope")
+    clip: str = setting("", "CLIP folder or repository; empty: MODEL/clip, else openai/clip-vit-base-patch32")
+    clips: str = setting("data/clips", "folder with clips.json (caption, motion, prompts) and the clips it names")
+    out: str = setting("out/eval", "folder for the cells and the report; a second run goes on there")
+    variants: str = setting(",".join(DEFAULT_VARIANTS), f"what to compare, of: {', '.join(VARIANTS)}")
+    clip_count: int = setting(10, "clips, from the top of clips.json")
+    prompt_count: int = setting(2, "target prompts per clip")
+    seed_count: int = setting(2, "sampling seeds per prompt")
+    steps: int = setting(100, "training steps per clip and trained variant")
+    lr: float = setting(0.02, "learning rate of the training")
+    sample_steps: int = setting(12, "sampling steps")
+    invert_steps: int = setting(25, "steps of the inversion that gives the start noise")
+    guidance: float = setting(6.0, "strength of the prompt while sampling")
+    noise_prior: float = setting(0.5, "share of the inverted reference in the start noise")
+    frames: int = setting(16, "frames per clip")
+    size: str = setting("64x64", "WIDTHxHEIGHT in pixels")
+    together: int = setting(5, "clips that share a training batch")
+    batch: int = setting(8, "clips that are sampled at once; less needs less memory")
+    tracker: str = setting("lk", "lk: the built-in Lucas-Kanade; cotracker: CoTracker 3, fetched by torch.hub")
+    grid: int = setting(16, "tracked points per side; the paper's CoTracker takes 55")
+    votes: str = setting("", "CSV file of User Preference votes")
+    device: str = setting("", "cpu, cuda ...; empty: cuda where there is one")
+    dtype: str = setting("float32", "number format of the UNet: float32, bfloat16 or float16")
+    quick: bool = setting(False, "a small grid: 3 clips, 1 prompt, 1 seed")
+    report: bool = setting(False, "only rebuild the report, from the cells that are finished")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """A reference clip: frames (F,h,w,3) uint8, what it shows, how it moves, and what to turn it into."""
+    name: str
+    frames: np.ndarray
+    caption: str
+    motion: str
+    prompts: tuple
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+    """One sample of one variant: the unit of work, of the statistics and of the files."""
+    variant: Variant
+    clip: Clip
+    place: int                      # which of the clip's prompts; -1: its own caption
+    seed: int
+    train_seed: int = 0
+
+    @property
+    def prompt(self):
+        """The text that the sample was asked to show."""
+        return self.clip.caption if self.place < 0 else self.clip.prompts[self.place]
+
+
+def digest(*what):
+    """A short name for any JSON-able settings: 24 hexadecimal digits of their SHA-256."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def fingerprint(folder):
+    """The SHA-256 of the names and contents of all files in a folder."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".")):
+        with open(path, "rb") as file:
+            total.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return total.hexdigest()
+
+
+def find(path):
+    """A folder as the user named it, or, for the defaults from elsewhere, beside this file."""
+    beside = Path(__file__).parent / path
+    return beside if not Path(path).exists() and beside.exists() else Path(path)
+
+
+def read_clips(settings):
+    """The reference clips of `--clips`, as many as asked for, at the size and length asked for."""
+    folder = find(settings.clips)
+    index = mini_mi.read_json(folder / "clips.json")
+    size = parse_size(settings.size)
+    clips = []
+    if len(index) < settings.clip_count:
+        raise mini_mi.UserError(f"{folder / 'clips.json'} names {len(index)} clips; lower --clip-count")
+    for name, entry in list(index.items())[:settings.clip_count]:
+        files = sorted(p for p in folder.glob(f"{glob.escape(name)}*") if p.name == name or p.stem == name)
+        if not files:
+            raise mini_mi.UserError(f"{folder / 'clips.json'} names {name}, but there is no such clip beside it")
+        prompts = entry.get("prompts", ()) if isinstance(entry, dict) else ()
+        if len(prompts) < settings.prompt_count or not all(isinstance(p, str) for p in [*prompts, entry.get("caption")]):
+            raise mini_mi.UserError(f"{folder / 'clips.json'}: {name} needs a caption and {settings.prompt_count} "
+                                    "prompts; add some or lower --prompt-count")
+        frames = mini_mi.read_video(files[0], settings.frames, size)
+        clips.append(Clip(name, frames, entry["caption"], str(entry.get("motion", name)), tuple(prompts)))
+    return clips
+
+
+def parse_size(text):
+    """ "64x48" -> (64, 48)"""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise mini_mi.UserError(f"--size {text} is not WIDTHxHEIGHT, as in 64x64")
+    return int(width), int(height)
+
+
+def plan(settings, clips):
+    """Every cell of the grid, in a fixed order. The same settings give the same plan on every rank."""
+    names = list(dict.fromkeys(["full", *settings.variants.replace(",", " ").split()]))
+    unknown = [n for n in names if n not in VARIANTS]
+    if unknown:
+        raise mini_mi.UserError(f"--variants: {unknown[0]} is none of {', '.join(VARIANTS)}")
+    cells = []
+    for variant in map(VARIANTS.get, names):
+        places = [-1] if variant.own_prompt else range(settings.prompt_count)
+        seeds = range(settings.seed_count if variant.sampled else 1)
+        cells += [Cell(variant, c, place, seed) for c in clips for place in places for seed in seeds]
+    # Trained again with another seed, on two clips: how much of the spread is the training's?
+    cells += [dataclasses.replace(cell, train_seed=1) for cell in cells
+              if cell.variant.name == "full" and cell.clip in clips[:2]]
+    return cells
+
+
+class Store:
+    """Finished work as files KIND-KEY.npz: JSON `about` and arrays, written whole or not at all."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, kind, key):
+        """Where the file of this key is or would be."""
+        return self.folder / f"{kind}-{key}.npz"
+
+    def write(self, kind, key, about, arrays):
+        """about: JSON-able dict; arrays: name -> array. Atomic: a killed run leaves the old file or the new one."""
+        with mini_mi.atomic_write(self.path(kind, key)) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, about=json.dumps({"key": key, **about}), **arrays)
+
+    def read(self, kind, key):
+        """(about, arrays), or None where there is no such file. A damaged one is set aside and reported."""
+        path = self.path(kind, key)
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:              # zip files carry a checksum of each array
+                arrays = {name: file[name] for name in file.files}
+            about = json.loads(str(arrays.pop("about")))
+            if about["key"] != key:
+                raise ValueError("it belongs to another key")
+            return about, arrays
+        except Exception as e:                                           # a damaged zip file raises a dozen types
+            aside = path.with_suffix(".corrupt")
+            os.replace(path, aside)
+            tqdm.write(f"warning: {path.name} is damaged ({e}); set aside as {aside.name}, to be computed again",
+                       file=sys.stderr)
+
+
+class Lab:
+    """Settings, clips, models and finished work in one place, and the steps from a clip to a judged cell.
+
+    The models load when they are first needed: a report from finished cells needs no UNet.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.clips = read_clips(settings)
+        self.cells = plan(settings, self.clips)
+        self.model_folder = mini_mi.model_folder(str(find(settings.model)))
+        own_clip = self.model_folder / "clip"
+        self.clip_name = settings.clip or (own_clip if own_clip.is_dir() else "openai/clip-vit-base-patch32")
+        # A model of the tiny world brings its own judge; the Inception network has never seen that world.
+        self.in_world = Path(self.clip_name) == own_clip
+        self.store = Store(Path(settings.out) / "cells")
+        s = settings
+        self.base_key = [CELL_VERSION, fingerprint(self.model_folder), s.frames, s.size, s.dtype, self.device.type]
+
+    @functools.cached_property
+    def models(self):
+        """The text-to-video model."""
+        return mini_mi.load_models(str(self.model_folder), self.device, getattr(torch, self.settings.dtype))
+
+    @functools.cached_property
+    def judge(self):
+        """(CLIP, its tokenizer, its preprocess)"""
+        return load_clip(str(self.clip_name), self.device)
+
+    @functools.cached_property
+    def inception(self):
+        """The network of FID, for models of the real world."""
+        return InceptionV3.pretrained(self.device)
+
+    @functools.cached_property
+    def judge_key(self):
+        """What the scores of a clip depend on, beside the clip."""
+        return [fingerprint(clip_folder(self.clip_name)), self.in_world, self.settings.tracker, self.settings.grid]
+
+    # ---- keys: everything that determines a file, and nothing else
+
+    def clip_key(self, clip):
+        """Key of a reference clip."""
+        return digest(hashlib.sha256(clip.frames.tobytes()).hexdigest(), clip.caption)
+
+    def noise_key(self, clip):
+        """Key of a clip's latents and inverted noise."""
+        return digest(self.base_key, self.clip_key(clip), self.settings.invert_steps)
+
+    def motion_key(self, clip, variant, train_seed):
+        """Key of a clip's trained embeddings."""
+        s = self.settings
+        return digest(self.base_key, self.clip_key(clip), variant.train, train_seed, s.steps, s.lr)
+
+    def video_key(self, cell):
+        """Key of a sampled video."""
+        s, v = self.settings, cell.variant
+        if not v.sampled:
+            return digest(self.base_key, self.clip_key(cell.clip), v.name)
+        return digest(self.base_key, cell.prompt, self.noise_key(cell.clip) if v.prior else None, s.noise_prior,
+                      self.motion_key(cell.clip, v, cell.train_seed) if v.train is not None else None, v.use,
+                      cell.clip.name, cell.place, cell.seed, s.sample_steps, s.guidance)
+
+    def score_key(self, cell):
+        """Key of the scores of a cell."""
+        return digest(self.video_key(cell), self.judge_key, cell.prompt, self.clip_key(cell.clip))
+
+    # ---- steps
+
+    def prepare(self, clips):
+        """clips -> latents (M,C,F,H,W) and inverted noise (M,C,F,H,W); inverted together, kept per clip."""
+        kept = [self.store.read("noise", self.noise_key(c)) for c in clips]
+        if not all(kept):
+            video = torch.cat([mini_mi.to_model_range(c.frames) for c in clips])
+            latents = mini_mi.encode_video(self.models, video)
+            empty = mini_mi.encode_prompt(self.models, [""] * len(clips))
+            noise = mini_mi.ddim_invert(self.models, latents, empty, self.settings.invert_steps, progress=False)
+            for clip, z, n in zip(clips, latents, noise):
+                self.store.write("noise", self.noise_key(clip), {"clip": clip.name},
+                                 {"latents": z.float().cpu().numpy(), "noise": n.float().cpu().numpy()})
+            return latents, noise
+        return tuple(torch.from_numpy(np.stack([arrays[name] for _, arrays in kept])).to(self.device)
+                     for name in ("latents", "noise"))
+
+    def train(self, clips, variant, train_seed):
+        """clips -> per clip MotionEmbeddings and their cost; all share a batch through the frozen UNet."""
+        s, keys = self.settings, [self.motion_key(c, variant, train_seed) for c in clips]
+        kept = [self.store.read("motion", key) for key in keys]
+        latents, _ = self.prepare(clips)
+        if not all(kept):
+            text = mini_mi.encode_prompt(self.models, [c.caption for c in clips])
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            began = time.perf_counter()
+            motion = mini_mi.train_motion(self.models, latents, text, steps=s.steps, lr=s.lr, seed=train_seed,
+                                          progress=False, **variant.train)
+            seconds = (time.perf_counter() - began) / len(clips)
+            cost = {"train_seconds": seconds, "memory": self.peak_memory(),
+                    "parameters": sum(p.numel() for p in motion.parameters()) // len(clips)}
+            for i, (clip, key) in enumerate(zip(clips, keys)):
+                state = {k: v.cpu().numpy() for k, v in motion.clip(i).state_dict().items()}
+                self.store.write("motion", key, {"clip": clip.name, "cost": cost}, state)
+            kept = [self.store.read("motion", key) for key in keys]
+        return [(self.motion(arrays, variant, latents.shape), about["cost"]) for about, arrays in kept]
+
+    def motion(self, state, variant, shape):
+        """MotionEmbeddings from a stored state; shape: of latents (..., F, H, W)."""
+        motion = mini_mi.MotionEmbeddings(self.models.unet.config, *shape[-3:], **variant.train).to(self.device)
+        motion.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+        for name, value in variant.use.items():
+            setattr(motion, name, value)
+        return motion.eval()
+
+    def generate(self, cells, motion, latents, inverted):
+        """cells of one clip and one variant, motion or None -> videos (B,F,h,w,3) uint8 as a list, seconds each."""
+        s, variant = self.settings, cells[0].variant
+        began = time.perf_counter()
+        if variant.sampled:
+            # Every variant of one (clip, prompt, seed) starts from the same fresh noise: the comparison is paired.
+            seeds = [int(digest(c.clip.name, c.place, c.seed)[:12], 16) for c in cells]
+            noise = torch.stack([torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+                                 for seed in seeds]).to(self.device)
+            if variant.prior:
+                noise = mini_mi.blend_noise(inverted, noise, s.noise_prior)
+            text = mini_mi.encode_prompt(self.models, [c.prompt for c in cells])
+            empty = mini_mi.encode_prompt(self.models, [""] * len(cells))
+            latents = mini_mi.sample(self.models, noise, text, empty, s.sample_steps, s.guidance, motion,
+                                     progress=False)
+        else:
+            latents = latents[None]
+        videos = [mini_mi.to_uint8(video) for video in mini_mi.decode_video(self.models, latents)]
+        return videos, (time.perf_counter() - began) / len(cells)
+
+    def look(self, videos):
+        """videos (B,F,h,w,3) uint8 -> per clip: CLIP features (F,D), FID features (F,d), moving-or-not tracks (n,F,2).
+
+        Only tracks that are visible in every frame are kept.
+        """
+        clip, _, preprocess = self.judge
+        track = track_points if self.settings.tracker == "lk" else cotracker
+        results = []
+        pixels = torch.from_numpy(np.stack(videos)).to(self.device)
+        tracks, visible = track(pixels, self.settings.grid)
+        with torch.no_grad():
+            for video, track, seen in zip(pixels, tracks, visible):
+                features = clip.image_features(preprocess(video))
+                for_fid = features if self.in_world else self.inception(video.permute(0, 3, 1, 2).float() / 255)
+                results.append({"features": features.cpu().numpy(), "fid_features": for_fid.cpu().numpy(),
+                                "tracks": track[seen.all(1)].numpy()})
+        return results
+
+    def reference(self, clip):
+        """The reference clip through the same judges, once per clip -> arrays of `look`."""
+        key = digest("reference", self.clip_key(clip), self.judge_key)
+        kept = self.store.read("reference", key)
+        if kept is None:
+            arrays, = self.look([clip.frames])
+            self.store.write("reference", key, {"clip": clip.name}, arrays)
+            return arrays
+        return kept[1]
+
+    def score(self, cells, videos, costs):
+        """Judges the videos of cells of one clip and writes their scores."""
+        reference = self.reference(cells[0].clip)
+        for cell, arrays, cost in zip(cells, self.look(videos), costs):
+            features, tracks = arrays["features"], arrays["tracks"]
+            moving = int(_displacements(tracks, STILL)[2].sum()) if len(tracks) else 0
+            scores = {"text_similarity": text_similarity(features, self.text_features(cell.prompt)),
+                      "motion_fidelity": motion_fidelity(tracks, reference["tracks"], still=STILL),
+                      "temporal_consistency": temporal_consistency(features),
+                      "leakage": appearance_leakage(features, reference["features"])}
+            if self.in_world:
+                scores.update(self.attributes(cell.prompt, features))
+            self.store.write("score", self.score_key(cell), {
+                "variant": cell.variant.name, "clip": cell.clip.name, "prompt": cell.prompt, "place": cell.place,
+                "seed": cell.seed, "train_seed": cell.train_seed, "video": self.video_key(cell), "scores": scores,
+                "moving_tracks": moving, "tracks": len(tracks), "cost": cost}, arrays)
+
+    @functools.cache
+    def text_features(self, text):
+        """text -> (D,)"""
+        clip, tokenizer, _ = self.judge
+        with torch.no_grad():
+            return clip.text_features(tokenizer([text]).to(self.device))[0].cpu()
+
+    def attributes(self, prompt, features):
+        """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and their mean.
+
+        For every attribute the prompt competes with the prompts in which only that attribute is another one.
+        """
+        own = world.attributes(prompt)
+        right = {}
+        for slot, (name, choices) in enumerate(WORLD_ATTRIBUTES.items()):
+            texts = [world.describe(*own[:slot], choice, *own[slot + 1:]) for choice in choices]
+            best = attribute_choices(features, torch.stack([self.text_features(t) for t in texts]))
+            right[f"shows_{name}"] = float(texts[best] == world.describe(*own))
+        return {**right, "attributes": float(np.mean(list(right.values())))}
+
+    def peak_memory(self):
+        """MiB: on a GPU the most that was allocated since the reset, on the CPU the most of the process so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2 ** 20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+STILL = 0.5                                          # pixels per frame below which a track counts as resting
+WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
+                    "background": world.BACKGROUNDS}
+
+
+@dataclasses.dataclass
+class Unit:
+    """What one rank does in one go: a training that some clips share, and everything sampled from it.
+
+    Costs are forward passes of the UNet, roughly; a training step counts three.
+    """
+    trained: bool
+    train_seed: int
+    clips: list
+    cells: list
+
+    def training_cost(self, settings):
+        """Of the training that all cells wait for."""
+        return 3 * settings.steps * len(self.clips) if self.trained else 0
+
+    def cost(self, settings):
+        """Of the whole unit."""
+        return self.training_cost(settings) + sum(cell_cost(c, settings) for c in self.cells)
+
+
+def cell_cost(cell, settings):
+    """Of sampling one cell."""
+    return 2 * settings.sample_steps if cell.variant.sampled else 1
+
+
+def units(settings, cells):
+    """Cuts the plan into units. They depend neither on what is finished nor on the number of ranks: a clip always
+    trains with the same companions, so that interrupted and shared runs give the same numbers."""
+    names = list(dict.fromkeys(c.clip.name for c in cells))
+    chunk = {name: i // settings.together for i, name in enumerate(names)}
+    found = {}
+    for cell in cells:
+        found.setdefault((cell.variant.trained_as, cell.train_seed, chunk[cell.clip.name]), []).append(cell)
+    return [Unit(trained_as != "untrained", seed, list({c.clip.name: c.clip for c in members}.values()), members)
+            for (trained_as, seed, _), members in found.items()]
+
+
+def share(work, settings, ranks):
+    """Deals units to ranks: the longest first, each to the rank with the least so far -> a list per rank."""
+    hands, load = [[] for _ in range(ranks)], [0] * ranks
+    for unit in sorted(work, key=lambda u: -u.cost(settings)):
+        least = load.index(min(load))
+        hands[least].append(unit)
+        load[least] += unit.cost(settings)
+    return hands
+
+
+def run_units(lab, work, show):
+    """Computes what is missing in these units; every finished step leaves a file -> number of cells computed."""
+    s, store = lab.settings, lab.store
+    missing = [[c for c in unit.cells if store.read("score", lab.score_key(c)) is None] for unit in work]
+    total = sum(unit.training_cost(s) * bool(cells) + sum(cell_cost(c, s) for c in cells)
+                for unit, cells in zip(work, missing))
+    # The bar counts forward passes, since cells differ in cost by a factor of ten.
+    bar = tqdm(total=total, disable=not show, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    done = 0
+    for unit, cells in zip(work, missing):
+        same = {}                                               # cells of one variant and clip share batches
+        for cell in cells:
+            same.setdefault((cell.variant.name, cell.clip.name), []).append(cell)
+        for n, members in enumerate(same.values()):
+            run_cells(lab, unit, members)
+            done += len(members)
+            bar.update(sum(cell_cost(c, s) for c in members) + (unit.training_cost(s) if n == 0 else 0))
+            bar.set_postfix_str(f"cells {done}/{sum(map(len, missing))}")
+    bar.close()
+    return done
+
+
+def run_cells(lab, unit, cells):
+    """Samples and scores cells of one variant and one clip; trains the unit's embeddings if nobody has."""
+    variant, clip = cells[0].variant, cells[0].clip
+    for start in range(0, len(cells), lab.settings.batch):
+        batch = cells[start:start + lab.settings.batch]
+        kept = [lab.store.read("video", lab.video_key(c)) for c in batch]
+        if not all(kept):
+            latents, inverted = lab.prepare(unit.clips)
+            motion, cost = None, {"train_seconds": 0.0, "memory": 0.0, "parameters": 0}
+            i = unit.clips.index(clip)
+            if unit.trained:
+                motion, cost = lab.train(unit.clips, variant, unit.train_seed)[i]
+            videos, seconds = lab.generate(batch, motion, latents[i], inverted[i])
+            kept = [({**cost, "sample_seconds": seconds}, {"frames": video}) for video in videos]
+            for cell, (about, arrays) in zip(batch, kept):
+                lab.store.write("video", lab.video_key(cell), about, arrays)
+        lab.score(batch, [arrays["frames"] for _, arrays in kept], [about for about, _ in kept])
+
+
+# =============================================================================================================
+#   TABLES: from finished cells to numbers with intervals, and to sentences
+# =============================================================================================================
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How a metric is named and written, and which way is better."""
+    title: str
+    up: bool
+    digits: int = 3
+
+
+METRICS = {"text_similarity": Metric("Text Similarity", True), "motion_fidelity": Metric("Motion Fidelity", True),
+           "temporal_consistency": Metric("Temporal Consistency", True),
+           "leakage": Metric("Appearance leakage", False), "attributes": Metric("Attributes shown", True)}
+PRIMARY = ("motion_fidelity", "text_similarity")                # fixed before any result was seen: 2 x 2 tests
+
+
+@dataclasses.dataclass
+class Sample:
+    """A finished cell: what `Lab.score` wrote."""
+    cell: Cell
+    about: dict
+    arrays: dict
+
+
+def collect(lab):
+    """All results of the finished cells of the plan, as a JSON-able dict, ready for the report."""
+    samples = []
+    for cell in lab.cells:
+        kept = lab.store.read("score", lab.score_key(cell))
+        if kept:
+            samples.append(Sample(cell, *kept))
+    by_name = {}
+    for s in samples:
+        if s.cell.train_seed == 0:
+            by_name.setdefault(s.cell.variant.name, []).append(s)
+    if "full" not in by_name:
+        raise mini_mi.UserError(f"no finished cell of `full` in {lab.store.folder}: run without --report first")
+    votes = preference(read_votes(lab.settings.votes), by_name) if lab.settings.votes else {}
+    real = RealFeatures(lab)
+    rows = [row(real, name, members, votes.get(name)) for name, members in by_name.items()]
+    comparisons = [compare(real, name, members, by_name["full"]) for name, members in by_name.items()
+                   if name != "full" and not VARIANTS[name].own_prompt]
+    family = [c["metrics"][m] for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
+    for test, adjusted in zip(family, holm([test["p"] for test in family])):
+        test["p_holm"] = adjusted
+    return {
+        "settings": dataclasses.asdict(lab.settings), "finished": len(samples), "planned": len(lab.cells),
+        "judges": {"clip": "the tiny CLIP" if lab.in_world else str(lab.clip_name),
+                   "frechet": "tiny-CLIP" if lab.in_world else "Inception",
+                   "tracker": f"{lab.settings.tracker}, {lab.settings.grid} x {lab.settings.grid} points",
+                   "reference_set": "frames rendered with the target prompts" if lab.in_world else
+                                    "frames of the reference clips, which show other content"},
+        "rows": rows, "chance": chance(lab, by_name["full"]), "comparisons": comparisons,
+        "sentences": [sentence(c, rows[0]["clips"]) for c in comparisons],
+        "training_spread": training_spread(samples),
+        "cells": [s.about for s in samples]}
+
+
+def row(real, name, members, vote):
+    """One line of the table: mean and interval of every metric over clips, Frechet distance, cost."""
+    clips = [s.cell.clip.name for s in members]
+    metrics = {m: student_interval(group_means([s.about["scores"][m] for s in members], clips))
+               for m in METRICS if m in members[0].about["scores"]}
+    groups = list(dict.fromkeys(clips))
+    fake, true, other = ({g: np.concatenate([f(s) for s in members if s.cell.clip.name == g]) for g in groups}
+                         for f in (lambda s: s.arrays["fid_features"], real, real.second))
+
+    def pool(features, names):
+        return np.concatenate([features[g] for g in names])
+
+    costs = [s.about["cost"] for s in members]
+    average = {key: float(np.mean([c[key] for c in costs])) for key in costs[0]}
+    return {"name": name, "hypothesis": VARIANTS[name].hypothesis, "n": len(members), "clips": len(groups),
+            "frames": len(pool(fake, groups)), "metrics": metrics,
+            "frechet": jackknife(lambda names: frechet_distance(pool(fake, names), pool(true, names)), groups),
+            "frechet_floor": frechet_distance(pool(true, groups), pool(other, groups)),
+            "kid": kernel_distance(pool(fake, groups), pool(true, groups)), "preference": vote,
+            "moving_tracks": float(np.mean([s.about["moving_tracks"] for s in members])),
+            "moving_share": float(np.mean([s.about["moving_tracks"] / max(1, s.about["tracks"]) for s in members])),
+            "cost": average}
+
+
+class RealFeatures:
+    """The reference set of the Frechet distance: for every sample a real clip of the same content and length.
+
+    In the tiny world that is a rendered clip with the sample's own prompt and a random motion; `second` gives
+    another one, for the distance of real from real. Elsewhere it is the reference clip, whose content differs
+    from what the prompts ask for (as in the paper), and `second` is the reference clip of the next sample.
+    """
+
+    def __init__(self, lab):
+        self.lab, self.kept = lab, {}
+
+    def __call__(self, sample, which=0):
+        lab, cell = self.lab, sample.cell
+        if not lab.in_world:
+            clips = lab.clips
+            return lab.reference(clips[(clips.index(cell.clip) + which) % len(clips)])["fid_features"]
+        key = cell.clip.name, cell.place, cell.seed, which
+        if key not in self.kept:
+            scene = world.scene(int(digest(key)[:8], 16), tuple(world.MOTIONS), cell.prompt)
+            frames = world.render(scene, lab.settings.frames, cell.clip.frames.shape[1])
+            clip, _, preprocess = lab.judge
+            with torch.no_grad():
+                self.kept[key] = clip.image_features(preprocess(frames)).cpu().numpy()
+        return self.kept[key]
+
+    def second(self, sample):
+        """Another real clip for the same sample."""
+        return self(sample, which=1)
+
+
+def compare(real, name, members, full):
+    """A variant against the full method: the same clip, prompt and seed, clips as independent units."""
+    partner = {(s.cell.clip.name, s.cell.place, s.cell.seed): s for s in full}
+    pairs = [(s, partner[key]) for s in members
+             if (key := (s.cell.clip.name, s.cell.place, s.cell.seed)) in partner]
+    clips = [s.cell.clip.name for s, _ in pairs]
+    groups = list(dict.fromkeys(clips))
+    metrics = {}
+    for m in METRICS:
+        if m in members[0].about["scores"] and pairs:
+            a, b = zip(*[(s.about["scores"][m], f.about["scores"][m]) for s, f in pairs])
+            mean, low, high, p = paired_difference(a, b, clips)
+            metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
+                          "detectable": detectable_difference(high - mean, len(groups)),
+                          "primary": name in ABLATIONS and m in PRIMARY}
+
+    def difference(names):
+        chosen = [(s, f) for s, f in pairs if s.cell.clip.name in names]
+        true = np.concatenate([real(s) for s, _ in chosen])
+        return np.subtract(*(frechet_distance(np.concatenate([v.arrays["fid_features"] for v in side]), true)
+                             for side in zip(*chosen)))
+
+    return {"name": name, "pairs": len(pairs), "clips": len(groups), "metrics": metrics,
+            "frechet": jackknife(lambda names: float(difference(names)), groups) if pairs else None}
+
+
+def chance(lab, full):
+    """Motion fidelity of results against reference clips of other motions: what no likeness at all scores."""
+    first = [s for s in full if s.cell.place == 0 and s.cell.seed == 0]
+    scores = [[motion_fidelity(s.arrays["tracks"], lab.reference(c)["tracks"], still=STILL)
+               for c in lab.clips if c.motion != s.cell.clip.motion] for s in first]
+    means = [np.mean(values) for values in scores if values]
+    return student_interval(means) if means else None
+
+
+def training_spread(samples):
+    """Standard deviations of the primary metrics between training seeds and between sampling seeds of `full`."""
+    full = [s for s in samples if s.cell.variant.name == "full"]
+    again = {s.cell.clip.name for s in full if s.cell.train_seed}
+    found = {}
+    for m in PRIMARY:
+        value = {(s.cell.clip.name, s.cell.place, s.cell.seed, s.cell.train_seed): s.about["scores"][m]
+                 for s in full if s.cell.clip.name in again}
+        found[m] = {}
+        # Vary one part of the key, hold the others: which of the two seeds moves the number more?
+        for what, axis in (("sampling", 2), ("training", 3)):
+            sets = {}
+            for key, v in value.items():
+                sets.setdefault(key[:axis] + key[axis + 1:], []).append(v)
+            variances = [np.var(v, ddof=1) for v in sets.values() if len(v) > 1]
+            found[m][what] = math.sqrt(np.mean(variances)) if variances else None
+    return found if again else None
+
+
+def sentence(comparison, clips):
+    """What an ablation changed, in plain words: how much, how sure; or how small an effect could have been seen."""
+    parts = []
+    for m, test in comparison["metrics"].items():
+        if m not in PRIMARY:
+            continue
+        title, p = METRICS[m].title, test.get("p_holm", test["p"])
+        label = "p after Holm" if "p_holm" in test else "p, exploratory"
+        span = f"95 % interval {test['low']:+.3f} to {test['high']:+.3f}, {label} {p:.3f}"
+        if not math.isfinite(test["low"]):
+            parts.append(f"{title} differed by {test['mean']:+.3f}, and one clip says nothing about chance")
+        elif p < 0.05 and test["low"] * test["high"] > 0:
+            verb = "rose" if test["mean"] > 0 else "fell"
+            parts.append(f"{title} {verb} by {abs(test['mean']):.3f} ({span})")
+        else:
+            parts.append(f"no change of {title} was detected ({test['mean']:+.3f}, {span}); a change of "
+                         f"{test['detectable']:.3f} would have shown in four of five such experiments")
+    return f"`{comparison['name']}` against `full`, {comparison['clips']} clips: " + "; ".join(parts) + "."
+
+
+# ----------------------------------------------------------------------------------------------- User Preference
+
+VOTE_FIELDS = ("participant", "scene", "options", "choice", "check")
+
+
+def read_votes(path):
+    """Votes from a CSV file with the columns of VOTE_FIELDS -> list of dicts.
+
+    options: the variants shown, in the order shown, joined by |; choice: the one picked as best. check: empty, or
+    in an attention check the answer that is obviously right.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            votes = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise mini_mi.UserError(f"--votes {path} cannot be read: {e}") from None
+    for line, vote in enumerate(votes, start=2):
+        if set(vote) != set(VOTE_FIELDS) or None in vote.values():
+            raise mini_mi.UserError(f"--votes {path}, line {line}: the columns must be {','.join(VOTE_FIELDS)}")
+        if vote["choice"] not in vote["options"].split("|"):
+            raise mini_mi.UserError(f"--votes {path}, line {line}: {vote['choice']!r} was not among the options")
+    return votes
+
+
+def write_votes(path, votes):
+    """The same file from a list of dicts."""
+    with mini_mi.atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, VOTE_FIELDS)
+        writer.writeheader()
+        writer.writerows(votes)
+
+
+def preference(votes, names):
+    """Share of the votes in which a variant was picked, of those in which it was shown -> name -> dict.
+
+    Who fails an attention check is left out altogether. Two intervals: Wilson's, which takes votes for
+    independent, and a bootstrap over participants, which does not. Chance is 1/k with k options.
+    """
+    careless = {v["participant"] for v in votes if v["check"] and v["choice"] != v["check"]}
+    votes = [v for v in votes if not v["check"] and v["participant"] not in careless]
+    found = {}
+    for name in names:
+        shown = [v for v in votes if name in v["options"].split("|")]
+        if shown:
+            wins = [int(v["choice"] == name) for v in shown]
+            people = [v["participant"] for v in shown]
+            found[name] = {"share": sum(wins) / len(wins), "votes": len(wins), "people": len(set(people)),
+                           "wilson": wilson_interval(sum(wins), len(wins)),
+                           "clustered": clustered_share(wins, people)}
+    return found
+
+
+# =============================================================================================================
+#   TUTORIAL FIGURES: what MQK does to the attention map, what debias does to MV
+# =============================================================================================================
+
+def part_figures(lab):
+    """Looks into the first injected layer with the first clip's embeddings, and keeps what it saw as a file.
+
+    Arrays: attention maps (F,F), query frame by key frame, mean over heads and positions, `with_mqk` and
+    `without_mqk`; norms of MV over channels (F,H,W), `mv_raw` and `mv_debiased`.
+    """
+    clip, variant = lab.clips[0], VARIANTS["full"]
+    key = digest("figures", lab.motion_key(clip, variant, 0))
+    kept = lab.store.read("figures", key)
+    if kept:
+        return kept[1]
+    trained = lab.store.read("motion", lab.motion_key(clip, variant, 0))
+    if trained is None:
+        return None
+    latents, _ = lab.prepare([clip])
+    motion = lab.motion(trained[1], variant, latents.shape)
+    block = next(iter(motion.blocks))
+    attention = lab.models.unet.get_submodule(block).attn1
+    text = mini_mi.encode_prompt(lab.models, [clip.caption])
+    t = lab.models.scheduler.T // 2
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+    noisy = lab.models.scheduler.add_noise(latents, noise, t)
+    arrays = {}
+    for name, use_mqk in (("with_mqk", True), ("without_mqk", False)):
+        motion.use_mqk, seen = use_mqk, {}
+        hooks = [getattr(attention, part).register_forward_hook(
+            lambda module, inputs, output, part=part: seen.update({part: output})) for part in ("to_q", "to_k")]
+        with torch.no_grad():
+            mini_mi.predict(lab.models, noisy, t, text, motion)
+        for hook in hooks:
+            hook.remove()
+        q, k = (seen[part].float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in ("to_q", "to_k"))
+        attention_map = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)              # (H*W, heads, F, F)
+        arrays[name] = attention_map.mean((0, 1)).cpu().numpy()
+    grid = motion.grids[block]
+    for name, mode in (("mv_raw", motion.train()), ("mv_debiased", motion.eval())):
+        _, m_v = mode.at(block, "attn1", latents.shape[2], grid)                      # (1, H*W, F, C)
+        arrays[name] = m_v[0].norm(dim=-1).T.unflatten(1, grid).detach().cpu().numpy()
+    lab.store.write("figures", key, {"block": block, "clip": clip.name}, arrays)
+    return arrays
+
+
+def heat(values, low, high):
+    """values (h,w) -> PIL picture: pale yellow (low) over orange to dark violet (high)."""
+    stops = np.array([(253, 244, 220), (246, 170, 90), (200, 60, 80), (60, 15, 75)], float)
+    x = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(stops) - 1)
+    i = np.minimum(x.astype(int), len(stops) - 2)
+    mix = (x - i)[..., None]
+    return Image.fromarray((stops[i] * (1 - mix) + stops[i + 1] * mix).round().astype(np.uint8))
+
+
+def data_uri(picture, kind="PNG", **options):
+    """A PIL picture as the text that an <img> can hold."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# =============================================================================================================
+#   REPORT: results.json, results.md, report.html
+# =============================================================================================================
+
+def number(value, digits=3, sign=False):
+    """0.1234 -> "0.123"; what is missing or not finite is a dash."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def interval(triple, digits=3):
+    """(mean, low, high) -> "0.123 (0.101 to 0.145)"."""
+    if triple is None:
+        return "–"
+    mean, low, high = triple
+    return f"{number(mean, digits)} ({number(low, digits)} to {number(high, digits)})"
+
+
+def table_of(results):
+    """The main table -> (heads, rows of texts): the five metrics, and leakage and attributes beside them."""
+    shown = [m for m in METRICS if m in results["rows"][0]["metrics"]]
+    first = [m for m in shown if m in ("text_similarity", "motion_fidelity", "temporal_consistency")]
+    rest = [m for m in shown if m not in first]
+
+    def head(m):
+        return f"{METRICS[m].title} {'↑' if METRICS[m].up else '↓'}"
+
+    heads = ["variant", *map(head, first), f"Fréchet distance ({results['judges']['frechet']} features) ↓",
+             "User Preference ↑", *map(head, rest), "n (clips)"]
+    rows = []
+    for r in results["rows"]:
+        vote = r["preference"] and (r["preference"]["share"], *r["preference"]["clustered"])
+        rows.append([r["name"], *(interval(r["metrics"][m]) for m in first), interval(r["frechet"]), interval(vote),
+                     *(interval(r["metrics"][m]) for m in rest), f"{r['n']} ({r['clips']})"])
+    return heads, rows
+
+
+def difference_table(results):
+    """Every variant against `full` -> (heads, rows of texts)."""
+    shown = [m for m in METRICS if m in results["rows"][0]["metrics"]]
+    heads = ["against full", *(METRICS[m].title for m in shown), "Fréchet distance"]
+    rows = []
+    for c in results["comparisons"]:
+        texts = []
+        for m in shown:
+            test = c["metrics"][m]
+            p = f"p {test['p_holm']:.3f} (Holm)" if "p_holm" in test else f"p {test['p']:.3f}"
+            texts.append(f"{number(test['mean'], 3, True)} ({number(test['low'], 3, True)} to "
+                         f"{number(test['high'], 3, True)}), {p}")
+        rows.append([c["name"], *texts, interval(c["frechet"])])
+    return heads, rows
+
+
+def detail_table(results):
+    """Bias check of the Frechet distance, tracks and cost -> (heads, rows of texts)."""
+    heads = ["variant", "frames", "real against real", "KID x 1000", "moving tracks", "training s", "sampling s",
+             "peak memory MiB", "embedding parameters"]
+    rows = []
+    for r in results["rows"]:
+        cost = r["cost"]
+        rows.append([r["name"], str(r["frames"]), number(r["frechet_floor"]), number(1000 * r["kid"]),
+                     f"{r['moving_tracks']:.0f} ({100 * r['moving_share']:.0f} %)",
+                     number(cost["train_seconds"], 1), number(cost["sample_seconds"], 2),
+                     number(cost["memory"], 0), f"{cost['parameters']:,.0f}"])
+    return heads, rows
+
+
+def notes(results):
+    """What a reader has to know to read the tables, as plain sentences."""
+    judges, spread = results["judges"], results["training_spread"]
+    lines = [
+        "Mean and 95 % interval: Student t on the means per clip, since the prompts and seeds of one clip are not "
+        "independent; for the Fréchet distance a jackknife over clips.",
+        f"Differences are paired by clip, prompt and seed. The primary tests, fixed beforehand, are "
+        f"{' and '.join(ABLATIONS)} on Motion Fidelity and Text Similarity (p after Holm); everything else is "
+        "exploratory.",
+        f"Judges: {judges['clip']} for text, consistency and leakage; tracker {judges['tracker']}; the Fréchet "
+        f"distance takes {judges['frechet']} features against {judges['reference_set']}, and is biased upward at "
+        "this size, as the distance of real from real at equal n shows.",
+        f"Chance level of Motion Fidelity, against reference clips of other motions: {interval(results['chance'])}."]
+    if spread:
+        lines.append("Spread of `full` (standard deviation): " + "; ".join(
+            f"{METRICS[m].title} {number(s['training'])} between training seeds, {number(s['sampling'])} between "
+            "sampling seeds" for m, s in spread.items()) + ".")
+    if not any(r["preference"] for r in results["rows"]):
+        lines.append("User Preference: no votes yet. Show people the reference and the results of one prompt and "
+                     "seed, names hidden, order shuffled, and let them pick the best; write one line per answer to "
+                     f"a CSV file with the columns {','.join(VOTE_FIELDS)} and run again with --votes FILE --report.")
+    if results["finished"] < results["planned"]:
+        lines.append(f"Unfinished: {results['finished']} of {results['planned']} cells.")
+    return lines
+
+
+def markdown(results):
+    """The tables and sentences for a README."""
+    def table(heads, rows):
+        return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *rows])
+
+    run = results["run"]
+    return "\n\n".join([
+        f"`{run['command']}`, {run['date']}, {run['machine']}, {run['minutes']:.1f} minutes for "
+        f"{run['computed']} of {results['planned']} cells", table(*table_of(results)),
+        *(f"- {s}" for s in results["sentences"]), table(*difference_table(results)),
+        table(*detail_table(results)), *(f"- {n}" for n in notes(results))]) + "\n"
+
+
+STYLE = """
+:root { --ink: #1d2430; --soft: #5d6675; --line: #dfe3ea; --paper: #ffffff; --wash: #f5f7fa; --full: #2a6fdb;
+        --ablation: #d9622b; --other: #8fa3bd; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b5; --line: #313a48; --paper: #151a21;
+        --wash: #1d242e; --full: #6ea3ff; --ablation: #f08b5b; --other: #61738c; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1180px; color: var(--ink); background: var(--paper);
+       font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3em } h2 { margin: 2.2em 0 .5em; font-size: 1.25rem }
+h3 { margin: 1.6em 0 .2em; font-size: 1rem } p, li { max-width: 75ch } .soft { color: var(--soft); font-size: .9rem }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; width: 100% }
+th, td { padding: 7px 10px; text-align: left; border-bottom: 1px solid var(--line); min-width: 84px }
+th { background: var(--wash); font-weight: 600; vertical-align: bottom } tr:last-child td { border: 0 }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--wash); font-weight: 600;
+       white-space: nowrap }
+td b { font-weight: 600 } td small { display: block; color: var(--soft); white-space: nowrap }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 18px }
+svg { width: 100%; height: auto; display: block } svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px }
+figure { margin: 0 } figcaption { font-size: .74rem; color: var(--soft); overflow-wrap: anywhere; line-height: 1.25 }
+.clip { border-radius: 6px; background-size: calc(var(--frames) * 100%) 100%; background-repeat: no-repeat;
+        animation: play calc(var(--frames) * .1s) steps(var(--frames)) infinite }
+.reference { outline: 2px solid var(--ink); outline-offset: 1px }
+@keyframes play { to { background-position-x: calc(100% * var(--frames) / (var(--frames) - 1)) } }
+@media (prefers-reduced-motion: reduce) { .clip { animation-play-state: paused } }
+#still:checked ~ * .clip { animation-play-state: paused }
+.pixels { image-rendering: pixelated; width: 100%; border-radius: 4px; display: block }
+.frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(52px, 1fr)); gap: 4px }
+"""
+
+
+def bars(results, title, values, line=None, line_name=""):
+    """A bar per variant with its 95 % interval, as inline SVG; values: name -> (mean, low, high)."""
+    ends = [v for triple in values.values() for v in triple if math.isfinite(v)] + ([line] if line else [])
+    low, high = min(0, *ends), max(1e-9, *ends)
+    left, right, step = 132, 318, 21
+
+    def x(value):
+        return left + (right - left) * (min(max(value, low), high) - low) / (high - low)
+
+    out = [f'<svg viewBox="0 0 380 {step * len(values) + 26}" role="img" aria-label="{html.escape(title)}">']
+    for i, (name, (mean, bottom, top)) in enumerate(values.items()):
+        y = step * i + 8
+        colour = "full" if name == "full" else "ablation" if name in ABLATIONS else "other"
+        out += [f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{html.escape(name)}</text>',
+                f'<rect x="{min(x(0), x(mean)):.1f}" y="{y}" width="{abs(x(mean) - x(0)):.1f}" height="14" rx="2" '
+                f'style="fill: var(--{colour})"/>',
+                f'<text x="{right + 8}" y="{y + 11}">{number(mean)}</text>']
+        if math.isfinite(bottom):
+            out.append(f'<path d="M{x(bottom):.1f} {y + 7}H{x(top):.1f}M{x(bottom):.1f} {y + 3}v8M{x(top):.1f} '
+                       f'{y + 3}v8" style="stroke: var(--ink); stroke-width: 1.3; fill: none"/>')
+    bottom = step * len(values) + 6
+    if line is not None:
+        out.append(f'<path d="M{x(line):.1f} 4V{bottom}" style="stroke: var(--soft); stroke-dasharray: 3 3"/>'
+                   f'<text x="{x(line):.1f}" y="{bottom + 14}" text-anchor="middle">{line_name} {number(line)}</text>')
+    return f"<figure><h3>{html.escape(title)}</h3>" + "".join(out) + "</svg></figure>"
+
+
+def moving_picture(frames, label, reference=False):
+    """A clip (F,h,w,3) uint8 as a film strip that the style sheet moves: all clips of the page stay in step."""
+    height, width = frames.shape[1:3]
+    shrink = max(1, width / 192)
+    size = round(width / shrink), round(height / shrink)
+    strip = np.concatenate([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in frames], 1)
+    uri = data_uri(Image.fromarray(strip), "WEBP", quality=82)
+    return (f'<figure><div class="clip{" reference" if reference else ""}" role="img" '
+            f'aria-label="{html.escape(label)}" style="--frames: {len(frames)}; aspect-ratio: {width} / {height}; '
+            f'background-image: url({uri})"></div><figcaption>{html.escape(label)}</figcaption></figure>')
+
+
+def html_table(heads, rows):
+    """A table of texts; what stands in brackets goes to a second, smaller line."""
+    def cell(text):
+        main, bracket, rest = text.partition(" (")
+        return f"<td>{html.escape(main)}" + (f"<small>({html.escape(rest)}</small>" if bracket else "") + "</td>"
+
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
+    body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def clip_rows(lab):
+    """For every clip and prompt the reference and the first seed of every variant, side by side."""
+    parts = []
+    for clip in lab.clips:
+        parts.append(f"<h3>{html.escape(clip.name)}</h3>")
+        for place in (*range(lab.settings.prompt_count), -1):
+            shown = []
+            for cell in lab.cells:
+                if (cell.clip, cell.place, cell.seed, cell.train_seed) == (clip, place, 0, 0):
+                    video = lab.store.read("video", lab.video_key(cell))
+                    if video:
+                        shown.append(moving_picture(video[1]["frames"], cell.variant.name))
+            if shown:
+                text = clip.caption if place < 0 else clip.prompts[place]
+                own = "its own caption" if place < 0 else "prompt"
+                parts.append(f'<p class="soft">{own}: {html.escape(text)}</p><div class="clips">'
+                             + moving_picture(clip.frames, "reference", True) + "".join(shown) + "</div>")
+    return "".join(parts)
+
+
+def figures_html(arrays):
+    """The tutorial figures as HTML."""
+    if arrays is None:
+        return ""
+    maps = {"without_mqk": "without MQK", "with_mqk": "with MQK"}
+    high = max(arrays[m].max() for m in maps)
+    parts = ['<p>One injected layer, looking at a half-noised reference clip. Row: the frame that asks; column: the '
+             "frame that answers. MQK is the same at every position, so it can only say which frames belong "
+             'together.</p><div class="panels">']
+    for key, title in maps.items():
+        parts.append(f'<figure><h3>{title}</h3><img class="pixels" alt="attention map {title}" '
+                     f'src="{data_uri(heat(arrays[key], 0, high))}"></figure>')
+    parts.append("</div><p>The length of MV, frame by frame, at every position of the latent grid. As trained it "
+                 "holds what the clip looks like as well; differences of neighbouring frames (from the second frame "
+                 "on) keep what changes: the motion.</p>")
+    high = max(arrays["mv_raw"].max(), arrays["mv_debiased"].max())
+    for key, title in (("mv_raw", "as trained"), ("mv_debiased", "debiased, as used")):
+        tiles = "".join(f'<img class="pixels" alt="frame {i}" src="{data_uri(heat(frame, 0, high))}">'
+                        for i, frame in enumerate(arrays[key]))
+        parts.append(f'<h3>MV {title}</h3><div class="frames">{tiles}</div>')
+    return "".join(parts)
+
+
+def page(lab, results, figures):
+    """report.html: one page that needs nothing else."""
+    run, floor = results["run"], results["rows"][0]["frechet_floor"]
+    shown = [m for m in METRICS if m in results["rows"][0]["metrics"]]
+    panels = [bars(results, f"{METRICS[m].title} {'↑' if METRICS[m].up else '↓'}",
+                   {r["name"]: r["metrics"][m] for r in results["rows"]},
+                   results["chance"][0] if m == "motion_fidelity" and results["chance"] else None, "chance")
+              for m in shown]
+    panels.append(bars(results, f"Fréchet distance ({results['judges']['frechet']} features) ↓",
+                       {r["name"]: r["frechet"] for r in results["rows"]}, floor, "real"))
+    hypotheses = "".join(f"<li><b>{html.escape(r['name'])}</b>: {html.escape(r['hypothesis'])}</li>"
+                         for r in results["rows"])
+    lists = {name: "".join(f"<li>{html.escape(text).replace('`', '')}</li>" for text in texts)
+             for name, texts in (("found", results["sentences"]), ("notes", notes(results)))}
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Motion Inversion, part by part</title><style>{STYLE}</style></head><body>
+<input type="checkbox" id="still" hidden><main>
+<h1>Motion Inversion, part by part</h1>
+<p>What the Motion Query-Key embedding (MQK) and the Motion Value embedding (MV) contribute: each removed in turn, on
+the same clips, prompts and start noise.</p>
+<p class="soft">{html.escape(run['command'])} · {run['date']} · {html.escape(run['machine'])} ·
+{results['finished']} of {results['planned']} cells</p>
+<h2>What was found</h2><ul>{lists['found']}</ul>
+<h2>The table</h2>{html_table(*table_of(results))}
+<h2>The same in pictures</h2><div class="panels">{''.join(panels)}</div>
+<h2>Clips</h2><p class="soft">First sampling seed, not selected. <label for="still"><u>Stop or start</u></label></p>
+{clip_rows(lab)}
+<h2>What each part does</h2>{figures_html(figures)}
+<h2>Differences from the full method</h2>{html_table(*difference_table(results))}
+<h2>Bias, tracks, cost</h2>{html_table(*detail_table(results))}
+<h2>How to read this</h2><ul>{lists['notes']}</ul>
+<h2>What was expected</h2><ul>{hypotheses}</ul>
+</main></body></html>
+"""
+
+
+def write_report(lab, run):
+    """Writes results.json, results.md and report.html from the finished cells; prints the table."""
+    out = Path(lab.settings.out)
+    results = {"run": run, **collect(lab)}
+    texts = {"results.json": json.dumps(finite(results), indent=1), "results.md": markdown(results),
+             "report.html": page(lab, results, part_figures(lab))}
+    for name, text in texts.items():
+        with mini_mi.atomic_write(out / name) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8")
+    heads, rows = table_of(results)
+    print("\n" + "\n".join("  ".join(f"{text:26}" for text in line[:5]).rstrip() for line in [heads, *rows]))
+    print("\n" + "\n".join(results["sentences"]))
+    print(f"\n{out / 'report.html'}")
+
+
+def finite(value):
+    """JSON has no infinity: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# =============================================================================================================
+#   COMMAND LINE
+# =============================================================================================================
+
+def parse(argv):
+    """Arguments -> Settings. Every field of Settings is an option."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Settings):
+        option = "--" + field.name.replace("_", "-")
+        if field.type in (bool, "bool"):
+            parser.add_argument(option, action="store_true", help=field.metadata["help"])
+        else:
+            parser.add_argument(option, type=type(field.default), default=field.default, metavar=field.name.upper(),
+                                help=f"{field.metadata['help']} (default: {field.default or 'none'})")
+    settings = Settings(**vars(parser.parse_args(argv)))
+    for name in ("clip_count", "prompt_count", "seed_count", "steps", "sample_steps", "invert_steps", "frames",
+                 "together", "batch", "grid"):
+        if getattr(settings, name) < 1:
+            raise mini_mi.UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if settings.dtype not in ("float32", "bfloat16", "float16"):
+        raise mini_mi.UserError(f"--dtype {settings.dtype} is none of float32, bfloat16, float16")
+    if settings.tracker not in ("lk", "cotracker"):
+        raise mini_mi.UserError(f"--tracker {settings.tracker} is none of lk, cotracker")
+    if settings.quick:
+        small = {"clip_count": 3, "prompt_count": 1, "seed_count": 1}
+        settings = dataclasses.replace(settings, **{k: min(v, getattr(settings, k)) for k, v in small.items()})
+    return settings
+
+
+def run(settings):
+    """Computes this rank's share of the grid; the first rank writes the report when all are done."""
+    began = time.perf_counter()
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        # Nothing is sent but the word that a rank is done, after hours perhaps.
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    lab = Lab(settings)
+    computed = 0
+    if not settings.report:
+        mine = share(units(settings, lab.cells), settings, ranks)[rank]
+        computed = run_units(lab, mine, rank == 0)
+        if ranks > 1:
+            torch.distributed.barrier()
+    if rank == 0:
+        machine = (torch.cuda.get_device_name(lab.device) if lab.device.type == "cuda"
+                   else f"{os.cpu_count()} CPU cores ({platform.machine()})")
+        write_report(lab, {
+            "command": " ".join(["python eval_mi.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
+            "machine": machine, "ranks": ranks, "minutes": (time.perf_counter() - began) / 60, "computed": computed,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__, "scipy": scipy.__version__}})
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    try:
+        run(parse(argv))
+    except mini_mi.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the finished cells", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

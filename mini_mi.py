@@ -1,3 +1,25 @@
+"""Motion Inversion in one file: learn the motion of one clip, then make other things move that way.
+
+Wang et al., *Motion Inversion for Video Customization* (arXiv 2403.20193), reimplemented to be read. A frozen
+text-to-video diffusion model denoises a reference clip; two small sets of embeddings inside its temporal
+attention are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to
+the same model with another prompt, they make new content move like the reference.
+
+    python mini_mi.py                            the whole job on the embedded model, a minute or two on a CPU
+    python mini_mi.py --no-mqk                   an ablation: the same without MQK (or --no-mv)
+    python mini_mi.py --model zeroscope --video dog.mp4 --source-prompt "a dog runs" --prompt "a robot runs"
+
+Read it from top to bottom: tokenizer, text encoder, autoencoder, UNet parts, THE PAPER (in a double-ruled
+section), UNet, diffusion, training, sampling; then the plumbing: files, hub, video, pictures, command line.
+Attribute names are the keys of published checkpoints. Every part is held against the published
+implementations in tests/.
+
+Axis letters:  B batch   F frames   C channels   H W latent grid   h w pixels   L text tokens   D text width
+               M clips whose motion is learned together   N any batch axis
+               t is the diffusion step, never a frame
+"""
+
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -8,11 +30,13 @@ import json
 import math
 import mmap
 import os
+import platform
 import re
 import shutil
 import ssl
 import struct
 import subprocess
+import sys
 import tempfile
 import textwrap
 import time
@@ -38,27 +62,28 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """Something that the user can put right. The command line prints it as one line, `error: ...`, and exits with 2."""
+    """What the user can put right. The command line prints it as one line, `error: ...`, and exits with 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration files of published checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Fields that say nothing about the computation that we do: where a model came from, how it was initialised or
 # dropped out in its own training, what a text generator would need. Everything unknown is refused, so that a
 # checkpoint of another kind cannot load with half of its settings ignored.
 INERT_FIELDS = set("""
     architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task force_upcast
-    forced_bos_token_id forced_eos_token_id id2label initializer_factor initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    problem_type projection_dim pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sample_max_value sample_size sep_token_id skip_prk_steps suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    force_upcast forced_bos_token_id forced_eos_token_id id2label initializer_factor initializer_range
+    is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores pad_token_id prefix problem_type projection_dim pruned_heads remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sample_max_value sample_size sep_token_id
+    skip_prk_steps suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+    use_bfloat16 use_cache
     clip_sample_range dynamic_thresholding_ratio
 """.split())
 
@@ -73,8 +98,8 @@ def read_config(kind, config, fields, implemented=None):
     """
     unknown = [k for k in config if k not in fields and k not in INERT_FIELDS and not k.startswith("_")]
     if unknown:
-        raise UserError(f"{kind} config has fields that are not known here: {', '.join(sorted(unknown)[:5])}; "
-                        "this is another kind of model")
+        raise UserError(f"{kind} config has fields that are not known here: "
+                        f"{', '.join(sorted(unknown)[:5])}; this is another kind of model")
     settings = {**fields, **{k: v for k, v in config.items() if k in fields}}
     for field, allowed in (implemented or {}).items():
         value = settings[field]
@@ -83,52 +108,56 @@ def read_config(kind, config, fields, implemented=None):
     return SimpleNamespace(**settings)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-pair encoding as in OpenAI's CLIP
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def byte_alphabet():
-    """256 printable characters, one per byte: BPE merges are stored as text, and a raw byte may not be printable."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """256 printable characters, one per byte: BPE merges are text, and a raw byte may not be printable."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
     shifted = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(shifted)}}
 
 
 class CLIPTokenizer:
-    """Text -> token ids (B, L): <|startoftext|>, BPE tokens, <|endoftext|>, padding up to L = model_max_length.
+    """Text -> token ids (B, L): <|startoftext|>, BPE tokens, <|endoftext|>, padding to L = model_max_length.
 
-    Source: OpenAI CLIP's simple_tokenizer (cleaning, word pattern, merges); the special tokens, and with them the pad
-    token, are those of special_tokens_map.json, as in transformers' CLIPTokenizer.
+    Source: OpenAI CLIP's simple_tokenizer (cleaning, word pattern, merges); the special tokens, and with them
+    the pad token, are those of special_tokens_map.json, as in transformers' CLIPTokenizer.
     """
 
     WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
     def __init__(self, vocab, merges, special=None, length=77):
         self.vocab, self.length = vocab, length
-        self.rank = {pair: n for n, pair in enumerate(merges)}        # (left, right) -> priority, 0 is merged first
+        self.rank = {pair: n for n, pair in enumerate(merges)}  # (left, right) -> priority, 0 is merged first
         self.alphabet = byte_alphabet()
         names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
                  "pad_token": "<|endoftext|>", **(special or {})}
         # an entry is either the token itself or a dict that describes it
-        names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items() if isinstance(v, (str, dict))}
+        names = {k: v["content"] if isinstance(v, dict) else v
+                 for k, v in names.items() if isinstance(v, (str, dict))}
         missing = sorted({t for t in names.values() if t not in vocab})
         if missing:
             raise UserError(f"tokenizer: special tokens {missing} are not in vocab.json")
-        self.bos, self.eos, self.unk, self.pad = (vocab[names[f"{k}_token"]] for k in ("bos", "eos", "unk", "pad"))
-        # Special tokens are cut out of the text before BPE sees it. In SD 2 the pad token is "!", so "wow!!!" ends in
-        # three tokens "!" and not in the one BPE token "!!!".
+        self.bos, self.eos, self.unk, self.pad = (
+            vocab[names[f"{k}_token"]] for k in ("bos", "eos", "unk", "pad"))
+        # Special tokens are cut out of the text before BPE sees it. In SD 2 the pad token is "!", so "wow!!!"
+        # ends in three tokens "!" and not in the one BPE token "!!!".
         self.special = {t: vocab[t] for t in sorted(set(names.values()), key=len, reverse=True)}
         self.special_pattern = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Reads vocab.json and merges.txt, and if present tokenizer_config.json and special_tokens_map.json."""
+        """Reads vocab.json, merges.txt, and if present tokenizer_config.json and special_tokens_map.json."""
         folder = Path(folder)
         vocab = read_json(folder / "vocab.json")
         try:
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{folder / 'merges.txt'} cannot be read ({e}); get the tokenizer folder again") from None
+            raise UserError(f"{folder / 'merges.txt'} cannot be read ({e}); "
+                            "get the tokenizer folder again") from None
         merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         optional = [read_json(folder / name) if (folder / name).is_file() else {}
                     for name in ("tokenizer_config.json", "special_tokens_map.json")]
@@ -139,13 +168,13 @@ class CLIPTokenizer:
 
     @staticmethod
     def clean(text):
-        """OpenAI CLIP's cleaning: repair broken Unicode, resolve HTML entities twice, collapse spaces, lower case."""
+        """As OpenAI's CLIP: repair Unicode, resolve HTML entities twice, collapse spaces, lower case."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         return unicodedata.normalize("NFC", " ".join(text.split()).lower())
 
     @functools.lru_cache(maxsize=4096)
     def bpe(self, word):
-        """The token ids of one word: start from single bytes, join the pair of lowest rank until none is left."""
+        """The token ids of a word: from single bytes, join the pair of lowest rank until none is left."""
         parts = [self.alphabet[b] for b in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -176,9 +205,9 @@ class CLIPTokenizer:
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text encoder: the text tower of CLIP (Radford et al., arXiv 2103.00020)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def quick_gelu(x):
     """OpenAI CLIP's approximation of GELU."""
@@ -189,7 +218,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention with biases, (B,L,D) -> (B,L,D); `causal`: a token sees only those before it."""
+    """Multi-head self-attention with biases on (B,L,D); `causal`: a token sees only those before it."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -197,13 +226,14 @@ class CLIPAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)              # (B, heads, L, D/heads)
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)            # (B, heads, L, D/heads)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Pre-norm transformer layer, (B,L,D) -> (B,L,D). Both towers of CLIP are stacks of it; only text is causal."""
+    """Pre-norm transformer layer on (B,L,D). Both towers of CLIP are stacks of it; only text is causal."""
 
     def __init__(self, c, causal):
         super().__init__()
@@ -224,8 +254,9 @@ class CLIPTextTransformer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
-                                         "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
+        self.embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
+            "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPEncoderLayer(c, causal=True)
                                                               for _ in range(c.num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
@@ -238,17 +269,18 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> last hidden state (B,L,D), after the final norm.
+    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
 
-    All L states go to cross-attention and nothing masks the padding, so the pad token is part of the conditioning.
+    All L states go to cross-attention and nothing masks the padding, so the pad token is part of the
+    conditioning.
     Source: transformers' CLIPTextModel, whose keys these are.
     """
 
     def __init__(self, config):
         super().__init__()
         c = read_config("text encoder", config, dict(
-            vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-            max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+            vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+            num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
         ), implemented={"hidden_act": tuple(ACTIVATIONS)})
         self.text_model = CLIPTextTransformer(c)
 
@@ -256,15 +288,15 @@ class CLIPTextModel(nn.Module):
         return self.text_model(ids)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Convolution parts that the autoencoder and the UNet share
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class ResnetBlock2D(nn.Module):
     """norm, SiLU, conv, (+ diffusion step), norm, SiLU, conv, plus the input. (N,C,H,W) -> (N,C_out,H,W).
 
-    emb: the embedded diffusion step, one row per sample of the batch (B,E); in a video N = B*F and all frames of a
-    clip share their row. The autoencoder has none.
+    emb: the embedded diffusion step, one row per sample of the batch (B,E); in a video N = B*F and all frames
+    of a clip share their row. The autoencoder has none.
     """
 
     def __init__(self, c_in, c_out, groups, eps, emb_width=None):
@@ -288,11 +320,11 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Halves H and W by a strided convolution. The autoencoder pads only right and below, the UNet on all sides."""
+    """Halves H and W by a strided convolution. The autoencoder pads right and below, the UNet all round."""
 
     def __init__(self, channels, pad):
         super().__init__()
-        self.pad = pad                                                                   # left, right, top, bottom
+        self.pad = pad                                                              # left, right, top, bottom
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
@@ -300,7 +332,7 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest neighbour to twice the size, or to `size` (H,W) where a skip connection asks for an odd one; then conv."""
+    """Nearest neighbour to twice the size, or to `size` (H,W) where a skip asks for an odd one; then conv."""
 
     def __init__(self, channels):
         super().__init__()
@@ -314,8 +346,8 @@ class Upsample2D(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention. q_in (N,Lq,C), k_in and v_in (N,Lk,D) -> (N,Lq,C).
 
-    Queries, keys and values come from three arguments, not from one: the paper's Eq. 3 adds one embedding to the input
-    of queries and keys and another to the input of values.
+    Queries, keys and values come from three arguments, not from one: the paper's Eq. 3 adds one embedding to
+    the input of queries and keys and another to the input of values.
     """
 
     def __init__(self, width, heads, head_dim, context_width=None, bias=False):
@@ -324,18 +356,19 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, heads * head_dim, bias)
         self.to_k = nn.Linear(context_width or width, heads * head_dim, bias)
         self.to_v = nn.Linear(context_width or width, heads * head_dim, bias)
-        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, width)])               # a list: the keys are to_out.0.*
+        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, width)])    # a list: the keys are to_out.0.*
 
     def forward(self, q_in, k_in, v_in):
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for f, x in ((self.to_q, q_in), (self.to_k, k_in), (self.to_v, v_in)))
-        x = F.scaled_dot_product_attention(q, k, v)          # softmax(q k^T / sqrt(head_dim)) v: (N, heads, Lq, head_dim)
+        # softmax(q k^T / sqrt(head_dim)) v: (N, heads, Lq, head_dim)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](x.transpose(1, 2).flatten(2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Autoencoder: pictures <-> latents (Rombach et al., arXiv 2112.10752)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class VAEAttention(Attention):
     """One-head self-attention over all positions of a picture, (N,C,H,W) -> (N,C,H,W), plus the input."""
@@ -433,10 +466,10 @@ class Decoder(VAEHalf):
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures <-> latents, 2**(levels-1) times smaller in height and width. Source: diffusers' AutoencoderKL.
+    """Pictures <-> latents, 2**(levels-1) times smaller in h and w. Source: diffusers' AutoencoderKL.
 
-    encode: (B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W); decode: z (B,C,H,W) -> (B,3,h,w).
-    The latents here are unscaled; the diffusion model sees them times `scaling_factor`.
+    encode: (B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W); decode: z (B,C,H,W) ->
+    (B,3,h,w). The latents here are unscaled; the diffusion model sees them times `scaling_factor`.
     """
 
     def __init__(self, config):
@@ -444,14 +477,16 @@ class AutoencoderKL(nn.Module):
         c = read_config("autoencoder", config, dict(
             in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",),
             up_block_types=("UpDecoderBlock2D",), block_out_channels=(64,), layers_per_block=1, act_fn="silu",
-            latent_channels=4, norm_num_groups=32, scaling_factor=0.18215, shift_factor=None, latents_mean=None,
-            latents_std=None, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
+            latent_channels=4, norm_num_groups=32, scaling_factor=0.18215, shift_factor=None,
+            latents_mean=None, latents_std=None, use_quant_conv=True, use_post_quant_conv=True,
+            mid_block_add_attention=True,
         ), implemented=dict(
             down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), act_fn=("silu",),
             shift_factor=(None,), latents_mean=(None,), latents_std=(None,), use_quant_conv=(True,),
             use_post_quant_conv=(True,)))
         if not len(c.block_out_channels) == len(c.down_block_types) == len(c.up_block_types):
-            raise UserError("autoencoder config: block_out_channels and the two block type lists differ in length")
+            raise UserError("autoencoder config: block_out_channels and the two block type lists "
+                            "differ in length")
         self.scaling_factor = c.scaling_factor
         self.factor = 2 ** (len(c.block_out_channels) - 1)                              # h / H
         self.encoder, self.decoder = Encoder(c), Decoder(c)
@@ -466,9 +501,10 @@ class AutoencoderKL(nn.Module):
     def decode(self, z):
         """z (B,C,H,W), unscaled -> (B,3,h,w)"""
         return self.decoder(self.post_quant_conv(z))
-# ---------------------------------------------------------------------------------------------------------------------
-# UNet parts that look at space: one frame at a time. x is (B*F, C, H, W), the frames of a clip next to each other.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# UNet parts that look at space: one frame at a time
+# x is (B*F, C, H, W), the frames of a clip next to each other.
+# ------------------------------------------------------------------------------------------------------------
 
 class GEGLU(nn.Module):
     """Gated linear unit: half of the projection, times GELU of the other half."""
@@ -478,13 +514,14 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x):
-        # Two products with half of the matrix each: on a CPU cheaper than one product and the backward of its split.
+        # Two products with half of the matrix each: on a CPU cheaper than one product and the backward of its
+        # split.
         value, gate = (F.linear(x, w, b) for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """GEGLU and a linear layer. The middle place belongs to a dropout, which has no weights: the keys are 0 and 2."""
+    """GEGLU and a linear layer, with keys 0 and 2: the middle place is a dropout's, which has no weights."""
 
     def __init__(self, width):
         super().__init__()
@@ -495,7 +532,7 @@ class FeedForward(nn.Module):
 
 
 class SpatialTransformerBlock(nn.Module):
-    """Self-attention within a frame, cross-attention to the text, feed-forward; each on a norm, each added."""
+    """Self-attention within a frame, cross-attention to text, feed-forward; each on a norm, each added."""
 
     def __init__(self, width, heads, head_dim, text_width):
         super().__init__()
@@ -507,7 +544,7 @@ class SpatialTransformerBlock(nn.Module):
     def forward(self, x, text):                                                          # x (B*F, H*W, C)
         h = self.norm1(x)
         x = x + self.attn1(h, h, h)
-        # All frames of a clip read the same text: keys and values are computed once per clip, not once per frame.
+        # All frames of a clip read the same text: keys and values are computed once per clip, not per frame.
         h = self.norm2(x).reshape(len(text), -1, x.shape[-1])                            # (B, F*H*W, C)
         x = x + self.attn2(h, text, text).view_as(x)
         return x + self.ff(self.norm3(x))
@@ -532,14 +569,14 @@ class Transformer2DModel(nn.Module):
         return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # UNet parts that look along time
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class TemporalConv(nn.Conv3d):
     """A (3,1,1) convolution: three neighbouring frames, one position. (B,C,F,H,W) -> (B,C_out,F,H,W).
 
-    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, and CPUs do them faster than Conv3d's.
+    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, on CPUs faster than by Conv3d.
     """
 
     def __init__(self, c_in, c_out):
@@ -559,7 +596,8 @@ class TemporalConvLayer(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         def stage(*dropout):
-            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout, TemporalConv(channels, channels))
+            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
+                                 TemporalConv(channels, channels))
         # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
         self.conv1, self.conv2, self.conv3, self.conv4 = stage(), *(stage(nn.Dropout(0.1)) for _ in range(3))
         # A layer that starts as the identity lets a video model begin as the picture model that it was.
@@ -572,27 +610,30 @@ class TemporalConvLayer(nn.Module):
         return x + h.transpose(1, 2).flatten(0, 1)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 #
 #   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
 #
-#   A temporal attention layer sees features h of shape (B*H*W, F, C): one sequence of F frames per position. The motion
-#   of one clip is learned as two small tensors per layer, added to the inputs of that layer and to nothing else:
+#   A temporal attention layer sees features h of shape (B*H*W, F, C): one sequence of F frames per position.
+#   The motion of one clip is learned as two small tensors per layer, added to the inputs of that layer and to
+#   nothing else:
 #
-#       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                             (Eq. 3)
+#       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
 #
-#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It has no spatial axes, so it cannot hold a shape.
+#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It has no spatial axes, so it cannot hold
+#                          a shape.
 #   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion.
 #
-#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, below). At inference MV is
-#   debiased: what does not change from frame to frame is appearance and not motion, and cancels (Eq. 5: `debias`).
+#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, below). At
+#   inference MV is debiased: what does not change from frame to frame is appearance and not motion, and
+#   cancels (Eq. 5: `debias`).
 #
-# =====================================================================================================================
+# ============================================================================================================
 
 def debias(m_v, mode):
     """Removes static appearance from the Motion Value embedding, (..., F, C) -> (..., F, C).
 
-    diff   m_v[0], then m_v[j] - m_v[j-1] for j > 0: the first frame, then changes, as in optical flow      (Eq. 5)
+    diff   m_v[0], then m_v[j] - m_v[j-1] for j > 0: the first frame, then changes, as in optical flow (Eq. 5)
     mean   m_v - mean over frames: the paper's alternative "normalize"
     none   m_v as trained: the paper's "vanilla"
     """
@@ -608,8 +649,8 @@ def debias(m_v, mode):
 class TemporalTransformerBlock(nn.Module):
     """Two self-attentions over time and a feed-forward, x (B*H*W, F, C) -> the same.
 
-    `name` is this block's key in the UNet, under which `motion` keeps its embeddings. As in the authors' code one MQK
-    serves both attentions of a block, and each attention has an MV of its own.
+    `name` is this block's key in the UNet, under which `motion` keeps its embeddings. As in the authors' code
+    one MQK serves both attentions of a block, and each attention has an MV of its own.
     """
 
     def __init__(self, width, heads, head_dim):
@@ -625,24 +666,25 @@ class TemporalTransformerBlock(nn.Module):
             h_qk = h_v = h
             if motion is not None and self.name in motion.blocks:
                 m_qk, m_v = motion.at(self.name, which, x.shape[1], grid, h.dtype)
-                # Both are (M, 1 or H*W, F, C). Sample i of the batch takes clip i % M, hence the split of B by M.
+                # Both are (M, 1 or H*W, F, C). Sample i of the batch takes clip i % M: B is split by M.
                 batched = h.view(-1, motion.clips, math.prod(grid), *x.shape[1:])        # (B/M, M, H*W, F, C)
                 if m_qk is not None:
-                    h_qk = (batched + m_qk).view_as(h)                                   # MQK: h + m_qk        (Eq. 3)
+                    h_qk = (batched + m_qk).view_as(h)                          # MQK: h + m_qk        (Eq. 3)
                 if m_v is not None:
-                    h_v = (batched + m_v).view_as(h)                                     # MV:  h + m_v         (Eq. 3)
+                    h_v = (batched + m_v).view_as(h)                            # MV:  h + m_v         (Eq. 3)
             x = x + attention(h_qk, h_qk, h_v)
         return x + self.ff(self.norm3(x))
 
 
 class MotionEmbeddings(nn.Module):
-    """The motion of M clips: MQK and MV for every temporal attention of the chosen UNet levels. Passed as `motion`.
+    """The motion of M clips, passed as `motion`: MQK and MV for all temporal attentions of some UNet levels.
 
     unet_config      dict, the UNet's config.json
     frames           F of the clips
     height, width    the latent grid of the clips (not pixels)
-    levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has attention, which
-                     for ZeroScope is the authors' choice (width 1280 on the way down and up, not the middle block)
+    levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has
+                     attention, which for ZeroScope is the authors' choice (width 1280 on the way down and up,
+                     not the middle block)
     use_mqk, use_mv  the ablations: False leaves the part out, here, or later at inference
     mqk_dims         1: shape (1, F, C), the method;     2: (H*W, F, C)
     mv_dims          2: shape (H*W, F, C), the method;   1: (1, F, C)
@@ -655,8 +697,8 @@ class MotionEmbeddings(nn.Module):
 
     SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training")
 
-    def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True, mqk_dims=1,
-                 mv_dims=2, debias="diff", debias_in_training=False, clips=1):
+    def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True,
+                 mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False, clips=1):
         super().__init__()
         if not (use_mqk or use_mv):
             raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
@@ -670,18 +712,20 @@ class MotionEmbeddings(nn.Module):
             if use_mqk:
                 self._add(f"{name}.pos_embed", torch.zeros(clips, positions[mqk_dims], frames, channels))
             for attention in ("attn1", "attn2") if use_mv else ():
-                self._add(f"{name}.{attention}.vSpatial", torch.zeros(clips, positions[mv_dims], frames, channels))
+                self._add(f"{name}.{attention}.vSpatial",
+                          torch.zeros(clips, positions[mv_dims], frames, channels))
 
     def _configure(self, frames, clips, **settings):
         self.frames, self.clips = frames, clips
         for name in self.SETTINGS:
             setattr(self, name, settings[name])
-        self.grids = {}                # block -> (h, w) that its MV was trained on; empty: the file did not say
-        self.blocks = {}               # block -> its parameters by short name: "pos_embed", "attn1.vSpatial", ...
+        self.grids = {}              # block -> (h, w) that its MV was trained on; empty: the file did not say
+        self.blocks = {}           # block -> its parameters by short name: "pos_embed", "attn1.vSpatial", ...
         self.fixed_slots = False       # True: a file of the authors, whose 32 slots are cut, not interpolated
+        self.source = {}            # of which clip: {"video": path, "prompt": what it shows}, as far as known
 
     def _add(self, key, value):
-        """Registers `value` (M, P, F, C) as the parameter `key`, building the nested modules that the dots ask for."""
+        """Registers `value` (M, P, F, C) as parameter `key`, building the modules that the dots ask for."""
         block, short = re.fullmatch(r"(.*?)\.(pos_embed|attn[12]\.vSpatial)", key).groups()
         *path, leaf = key.split(".")
         module = self
@@ -693,10 +737,10 @@ class MotionEmbeddings(nn.Module):
         self.blocks.setdefault(block, {})[short] = (module, leaf)
 
     def at(self, block, attention, frames, grid, dtype=torch.float32):
-        """m_qk and m_v for one attention, each (M, 1 or H*W, F, C), or None where the part is absent or switched off.
+        """m_qk and m_v for one attention, each (M, 1 or H*W, F, C), or None where the part is absent or off.
 
-        Another number of frames or another grid than at training is interpolated, and only then debiased: differences
-        of neighbouring frames mean something only on the frames that are used.
+        Another number of frames or another grid than at training is interpolated, and only then debiased:
+        differences of neighbouring frames mean something only on the frames that are used.
         """
         m_qk = self._get(block, "pos_embed", frames, grid) if self.use_mqk else None
         m_v = self._get(block, f"{attention}.vSpatial", frames, grid) if self.use_mv else None
@@ -718,9 +762,10 @@ class MotionEmbeddings(nn.Module):
             m = flat.unflatten(0, m.shape[:2]).permute(0, 1, 3, 2)
         own = self.grids.get(block)
         if m.shape[1] > 1 and own is None and m.shape[1] != math.prod(grid):
-            raise UserError(f"the motion file was made for {m.shape[1]} positions and does not say in which shape; this "
-                            f"size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
-        if m.shape[1] > 1 and own not in (None, tuple(grid)):                            # bilinear over the grid
+            raise UserError(
+                f"the motion file was made for {m.shape[1]} positions and does not say in which shape; "
+                f"this size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
+        if m.shape[1] > 1 and own not in (None, tuple(grid)):                         # bilinear over the grid
             plane = m.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, own)               # (M*F, C, h, w)
             plane = F.interpolate(plane, size=tuple(grid), mode="bilinear", align_corners=False)
             m = plane.flatten(2).unflatten(0, (len(m), frames)).permute(0, 3, 1, 2)
@@ -732,15 +777,16 @@ class MotionEmbeddings(nn.Module):
             module, leaf = next(iter(parts.values()))
             have = getattr(module, leaf).shape[-1]
             if widths.get(name) != have:
-                raise UserError(f"these motion embeddings do not fit the model: {name} has width {have} in the motion "
-                                f"file and {widths.get(name, 'no place')} in the model; use the model they were made with")
+                raise UserError(
+                    f"these motion embeddings do not fit the model: {name} has width {have} in the motion file "
+                    f"and {widths.get(name, 'no place')} in the model; use the model they were made with")
 
     def clip(self, index):
         """The embeddings of one of the M clips, as MotionEmbeddings with clips=1."""
         one = MotionEmbeddings.__new__(MotionEmbeddings)
         nn.Module.__init__(one)
         one._configure(self.frames, 1, **{name: getattr(self, name) for name in self.SETTINGS})
-        one.grids, one.fixed_slots = dict(self.grids), self.fixed_slots
+        one.grids, one.fixed_slots, one.source = dict(self.grids), self.fixed_slots, dict(self.source)
         for key, value in self.state_dict().items():
             one._add(key, (value[index] if self.clips > 1 else value)[None].clone())
         return one.train(self.training)
@@ -750,15 +796,18 @@ class MotionEmbeddings(nn.Module):
         if self.clips > 1:
             raise UserError("a motion file holds one clip: save motion.clip(i) for each of them")
         settings = {name: getattr(self, name) for name in self.SETTINGS}
-        about = {**settings, "frames": self.frames, "grids": self.grids, "fixed_slots": self.fixed_slots}
+        about = {**settings, "frames": self.frames, "grids": self.grids, "fixed_slots": self.fixed_slots,
+                 "source": self.source}
         save_safetensors(path, self.state_dict(), {"mini_mi": json.dumps(about)})
 
     @classmethod
     def load(cls, path):
-        """Reads a file of `save`, or the authors' motion_embed.pt. Parts that are not in the file are switched off."""
-        tensors, metadata = load_tensors(path), read_metadata(path)
+        """Reads a file of `save` or the authors' motion_embed.pt. Parts that it lacks are switched off."""
+        tensors = load_tensors(path)
+        metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         form = r".*\.(pos_embed|attn[12]\.vSpatial)"
-        if not tensors or any(not re.fullmatch(form, key) or value.dim() != 3 for key, value in tensors.items()):
+        if not tensors or any(not re.fullmatch(form, key) or value.dim() != 3
+                              for key, value in tensors.items()):
             raise UserError(f"{path} is not a motion file: its keys must end in pos_embed or vSpatial")
         bad = [key for key, value in tensors.items() if not value.isfinite().all()]
         if bad:
@@ -769,10 +818,11 @@ class MotionEmbeddings(nn.Module):
             nn.Module.__init__(self)
             self._configure(about.get("frames", next(iter(tensors.values())).shape[1]), 1, **{
                 "use_mqk": any(k.endswith("pos_embed") for k in tensors),
-                "use_mv": any(k.endswith("vSpatial") for k in tensors), "mqk_dims": 1, "mv_dims": 2, "debias": "diff",
-                "debias_in_training": False, **{k: v for k, v in about.items() if k in cls.SETTINGS}})
+                "use_mv": any(k.endswith("vSpatial") for k in tensors),
+                "mqk_dims": 1, "mv_dims": 2, "debias": "diff", "debias_in_training": False,
+                **{k: v for k, v in about.items() if k in cls.SETTINGS}})
             self.grids = {name: tuple(grid) for name, grid in about.get("grids", {}).items()}
-            self.fixed_slots = about.get("fixed_slots", True)
+            self.fixed_slots, self.source = about.get("fixed_slots", True), about.get("source", {})
         except (ValueError, TypeError, AttributeError) as e:
             raise UserError(f"{path}: its settings cannot be read ({e}); train the motion again") from None
         for key, value in tensors.items():
@@ -787,14 +837,15 @@ def motion_sites(unet_config, levels=None):
     having = [i for i, kind in enumerate(c.down_block_types) if kind == "CrossAttnDownBlock3D"]
     levels = [having[-1]] if levels is None else list(levels)
     if not levels or not set(levels) <= set(having):
-        raise UserError(f"levels {levels} cannot all take embeddings: this model has attention at levels {having}")
+        raise UserError(f"levels {levels} cannot all take embeddings: "
+                        f"this model has attention at levels {having}")
     down = [(f"down_blocks.{i}.temp_attentions.{j}.transformer_blocks.0", c.block_out_channels[i], i)
             for i in sorted(levels) for j in range(c.layers_per_block)]
     up = [(f"up_blocks.{last - i}.temp_attentions.{j}.transformer_blocks.0", c.block_out_channels[i], i)
           for i in sorted(levels, reverse=True) for j in range(c.layers_per_block + 1)]
     return down + up
 
-# ================================================ end of the paper's part ============================================
+# ========================================= end of the paper's part ==========================================
 
 
 class TransformerTemporalModel(nn.Module):
@@ -805,7 +856,8 @@ class TransformerTemporalModel(nn.Module):
         width = heads * c.attention_head_dim
         self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
-        self.transformer_blocks = nn.ModuleList([TemporalTransformerBlock(width, heads, c.attention_head_dim)])
+        self.transformer_blocks = nn.ModuleList(
+            [TemporalTransformerBlock(width, heads, c.attention_head_dim)])
 
     def forward(self, x, frames, motion=None):
         _, channels, height, width = x.shape
@@ -818,9 +870,9 @@ class TransformerTemporalModel(nn.Module):
         return x + h.permute(0, 3, 4, 1, 2).reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # UNet: predicts the noise (or v) in a noisy video (Wang et al., ModelScope, arXiv 2308.06571)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def unet_settings(config):
     """config.json of a UNet3DConditionModel as a checked namespace."""
@@ -836,15 +888,16 @@ def unet_settings(config):
         time_cond_proj_dim=(None,)))
     mirrored = [kind.replace("Up", "Down") for kind in reversed(c.up_block_types)]
     if mirrored != list(c.down_block_types) or len(c.block_out_channels) != len(mirrored):
-        raise UserError("UNet config: up_block_types must mirror down_block_types, with one entry of block_out_channels "
-                        "for each level")
+        raise UserError("UNet config: up_block_types must mirror down_block_types, with one entry of "
+                        "block_out_channels for each level")
     if "CrossAttnDownBlock3D" not in c.down_block_types:
-        raise UserError("UNet config: no level has attention, so there is no temporal attention to put motion into")
+        raise UserError("UNet config: no level has attention, "
+                        "so there is no temporal attention to put motion into")
     return c
 
 
 class UNetBlock3D(nn.Module):
-    """One level of the UNet: for every layer  resnet > temporal conv > spatial transformer > temporal transformer,
+    """One level of the UNet. Per layer: resnet, temporal conv, spatial transformer, temporal transformer;
     the transformers only where the level has attention; then the change of size, if any.
 
     rows   one (c_in, c_out) per layer
@@ -854,7 +907,8 @@ class UNetBlock3D(nn.Module):
         super().__init__()
         groups, emb_width = c.norm_num_groups, 4 * c.block_out_channels[0]
         widths = [c_out for _, c_out in rows]
-        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, c.norm_eps, emb_width) for c_in, c_out in rows)
+        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, c.norm_eps, emb_width)
+                                     for c_in, c_out in rows)
         self.temp_convs = nn.ModuleList(TemporalConvLayer(w, groups) for w in widths)
         if attention:
             self.attentions = nn.ModuleList(Transformer2DModel(w, c) for w in widths)
@@ -879,10 +933,12 @@ class UNetMidBlock3D(nn.Module):
     def __init__(self, c):
         super().__init__()
         width, groups, emb_width = c.block_out_channels[-1], c.norm_num_groups, 4 * c.block_out_channels[0]
-        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, c.norm_eps, emb_width) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, c.norm_eps, emb_width)
+                                     for _ in range(2))
         self.temp_convs = nn.ModuleList(TemporalConvLayer(width, groups) for _ in range(2))
         self.attentions = nn.ModuleList([Transformer2DModel(width, c)])
-        self.temp_attentions = nn.ModuleList([TransformerTemporalModel(width, width // c.attention_head_dim, c)])
+        self.temp_attentions = nn.ModuleList(
+            [TransformerTemporalModel(width, width // c.attention_head_dim, c)])
 
     def forward(self, x, emb, text, frames, motion):
         x = self.temp_convs[0](self.resnets[0](x, emb), frames)
@@ -891,16 +947,18 @@ class UNetMidBlock3D(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The diffusion step as a vector: sines and cosines of falling frequency, then two linear layers. (B,) -> (B,E)"""
+    """Diffusion step (B,) -> vector (B,E): sines and cosines of falling frequency, then two linear layers."""
 
     def __init__(self, channels):
         super().__init__()
         self.channels = channels
-        self.linear_1, self.linear_2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, 4 * channels)
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, t):
         half = self.channels // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        index = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * index / half)
         angles = t.float()[:, None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
@@ -909,8 +967,9 @@ class TimestepEmbedding(nn.Module):
 class UNet3DConditionModel(nn.Module):
     """x (B,C,F,H,W), t (int, 0-d or (B,)), text (B,L,D), motion (MotionEmbeddings or None) -> (B,C,F,H,W).
 
-    ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; a row of `up` begins with the sum of
-    what comes from below and of the skip that is on top of the stack. * is where the method puts its embeddings.
+    ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; a row of `up` begins with
+    the sum of what comes from below and of the skip that is on top of the stack. * is where the method puts
+    its embeddings.
 
         down_blocks.0   320, 320            attn     40x72 for 320x576 pixels   each layer and each halving
         down_blocks.1   640, 640            attn     20x36                      pushes its output as a skip
@@ -936,7 +995,7 @@ class UNet3DConditionModel(nn.Module):
         self.transformer_in = TransformerTemporalModel(widths[0], 8, c)
 
         attention = [kind == "CrossAttnDownBlock3D" for kind in c.down_block_types]
-        skips = [widths[0]]                                     # widths of the skips, pushed and popped as in forward
+        skips = [widths[0]]                             # widths of the skips, pushed and popped as in forward
         self.down_blocks = nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
             rows = [(before, width)] + [(width, width)] * (c.layers_per_block - 1)
@@ -954,7 +1013,7 @@ class UNet3DConditionModel(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
-        self.checkpointing = False                              # True: recompute layers in backward to save memory
+        self.checkpointing = False                         # True: recompute layers in backward to save memory
         self.temporal_widths = {}                               # temporal block -> its C
         for name, module in self.named_modules():
             if isinstance(module, TemporalTransformerBlock):
@@ -970,11 +1029,12 @@ class UNet3DConditionModel(nn.Module):
         if motion is not None:
             motion.check_fits(self.temporal_widths)
             if len(x) % motion.clips:
-                raise UserError(f"a batch of {len(x)} cannot be shared by the embeddings of {motion.clips} clips")
+                raise UserError(f"a batch of {len(x)} cannot be shared "
+                                f"by the embeddings of {motion.clips} clips")
         batch, _, frames, _, _ = x.shape
         emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
 
-        h = self.conv_in(x.transpose(1, 2).flatten(0, 1))                                             # (B*F, C, H, W)
+        h = self.conv_in(x.transpose(1, 2).flatten(0, 1))                                     # (B*F, C, H, W)
         h = self.transformer_in(h, frames)
         skips = [h]
         for block in self.down_blocks:
@@ -998,36 +1058,39 @@ class UNet3DConditionModel(nn.Module):
         return h.unflatten(0, (batch, frames)).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Diffusion: the noise schedule and DDIM (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class DDIMScheduler:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps for t = 0 .. T-1, and deterministic steps back (eta = 0)."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t = 0 .. T-1, and deterministic steps back (eta = 0)."""
 
     def __init__(self, config):
         c = read_config("scheduler", config, dict(
-            num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None,
-            clip_sample=True, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon", thresholding=False,
-            timestep_spacing="leading", rescale_betas_zero_snr=False,
+            num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+            trained_betas=None, clip_sample=True, set_alpha_to_one=True, steps_offset=0,
+            prediction_type="epsilon", thresholding=False, timestep_spacing="leading",
+            rescale_betas_zero_snr=False,
         ), implemented=dict(
             beta_schedule=("linear", "scaled_linear"), trained_betas=(None,), clip_sample=(False,),
             prediction_type=("epsilon", "v_prediction"), thresholding=(False,), timestep_spacing=("leading",),
             rescale_betas_zero_snr=(False,)))
-        self.T, self.offset, self.v_prediction = c.num_train_timesteps, c.steps_offset, c.prediction_type != "epsilon"
-        power = 0.5 if c.beta_schedule == "scaled_linear" else 1                 # scaled: linear in sqrt(beta)
-        betas = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T, dtype=torch.float32) ** (1 / power)
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # abar_t = prod_{s<=t} (1 - beta_s)
+        self.T, self.offset = c.num_train_timesteps, c.steps_offset
+        self.v_prediction = c.prediction_type != "epsilon"
+        power = 0.5 if c.beta_schedule == "scaled_linear" else 1                # scaled: linear in sqrt(beta)
+        ramp = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T, dtype=torch.float32)
+        betas = ramp ** (1 / power)
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)              # abar_t = prod_{s<=t} (1 - beta_s)
         self.final_alpha_cumprod = torch.tensor(1.0) if c.set_alpha_to_one else self.alphas_cumprod[0]
 
     def abar(self, t, like):
-        """abar_t, shaped to multiply `like` (B,...); t an int, 0-d or (B,) tensor; a step below 0 is the clean end."""
+        """abar_t, shaped to multiply `like` (B,...); t int, 0-d or (B,); a step below 0 is the clean end."""
         t = torch.as_tensor(t, device="cpu").reshape(-1)
         abar = torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
         return abar.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
     def timesteps(self, n):
-        """The n steps of a sampling run, LongTensor (n,), descending: "leading" spacing, every T//n-th step."""
+        """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step."""
         if not 1 <= n <= self.T:
             raise UserError(f"{n} sampling steps: it must be 1 to {self.T}")
         steps = torch.arange(n).flip(0) * (self.T // n) + self.offset
@@ -1041,7 +1104,7 @@ class DDIMScheduler:
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
     def target(self, x0, noise, t):
-        """What the model is trained to say: eps, or v = sqrt(abar) eps - sqrt(1-abar) x_0 (arXiv 2202.00512)."""
+        """What the model learns to say: eps, or v = sqrt(abar) eps - sqrt(1-abar) x_0 (arXiv 2202.00512)."""
         abar = self.abar(t, x0)
         return abar.sqrt() * noise - (1 - abar).sqrt() * x0 if self.v_prediction else noise
 
@@ -1051,18 +1114,18 @@ class DDIMScheduler:
         return abar.sqrt() * model_out + (1 - abar).sqrt() * x if self.v_prediction else model_out
 
     def move(self, x, eps, abar_from, abar_to):
-        """One DDIM move between noise levels with the same eps, in either direction (arXiv 2010.02502, Eq. 12)."""
+        """One DDIM move between noise levels with the same eps, either way (arXiv 2010.02502, Eq. 12)."""
         x0 = (x - (1 - abar_from).sqrt() * eps) / abar_from.sqrt()
         return abar_to.sqrt() * x0 + (1 - abar_to).sqrt() * eps
 
     def step(self, model_out, t, x, n):
-        """x at step t - T//n, from x (B,...) at step t and what the model said there; n is the number of steps."""
+        """x at step t - T//n, from x (B,...) at step t and what the model said there; n steps in all."""
         return self.move(x, self.epsilon(model_out, t, x), self.abar(t, x), self.abar(t - self.T // n, x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading a checkpoint: a folder in diffusers layout
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Models:
@@ -1090,7 +1153,7 @@ def rename_keys(tensors, text_encoder=False):
     for key, value in tensors.items():
         if key.endswith(".position_ids"):            # a constant 0, 1, 2, ... that old text encoders store
             continue
-        if text_encoder and not key.startswith("text_model."):                          # written by transformers 5
+        if text_encoder and not key.startswith("text_model."):                     # written by transformers 5
             key = f"text_model.{key}"
         # The autoencoder's attention in files saved before mid-2023.
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
@@ -1100,14 +1163,15 @@ def rename_keys(tensors, text_encoder=False):
 
 
 def load_module(build, folder, stem, device, dtype):
-    """build(config) with the weights of `folder`: config.json and stem.safetensors, or stem.bin. Frozen, eval mode."""
+    """build(config.json of `folder`) with its weights, stem.safetensors or stem.bin. Frozen, in eval mode."""
     config = read_json(folder / "config.json")
     bin_stem = "pytorch_model" if stem == "model" else stem
     files = [folder / f"{stem}.safetensors", folder / f"{bin_stem}.bin"]
     path = next((f for f in files if f.is_file()), None)
     if path is None:
-        raise UserError(f"{folder} holds neither {files[0].name} nor {files[1].name}; get the model folder again")
-    with torch.device("meta"):                       # no memory and no random numbers for weights that get replaced
+        raise UserError(f"{folder} holds neither {files[0].name} nor {files[1].name}; "
+                        "get the model folder again")
+    with torch.device("meta"):                 # no memory and no random numbers for weights that get replaced
         module = build(config)
     tensors = rename_keys(load_tensors(path), text_encoder=build is CLIPTextModel)
     expected = module.state_dict()
@@ -1120,28 +1184,36 @@ def load_module(build, folder, stem, device, dtype):
     if bad:
         raise UserError(f"{path} has values that are not finite in {bad}; get the file again")
     module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
-    print(f"loaded {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} parameters: {folder.name}")
+    parameters = sum(v.numel() for v in tensors.values())
+    print(f"loaded {len(tensors)} tensors, {parameters:,} parameters: {folder.name}")
     return module.eval().requires_grad_(False)
 
 
-def model_folder(folder_or_repo):
-    """The folder of a model: a path, or what `fetch_model` brings for owner/name or an alias such as zeroscope."""
-    folder = Path(folder_or_repo)
+def local_folder(model):
+    """The folder that `model` names on this machine, or None if it names a hub repository."""
+    folder = HERE / "data" / "tiny" if model == "tiny" else Path(model)
     if (folder / "unet").is_dir():
         return folder
-    if folder.exists() or folder_or_repo not in ALIASES and str(folder_or_repo).count("/") != 1:
-        raise UserError(f"{folder} is no model folder: there is no unet/ in it; give a folder in diffusers layout, a "
-                        f"hub repository (owner/name) or {', '.join(ALIASES)}")
-    return fetch_model(str(folder_or_repo))
+    if folder.exists() or model not in ALIASES and str(model).count("/") != 1:
+        raise UserError(f"{folder} is no model folder: there is no unet/ in it; give a folder in diffusers "
+                        f"layout, a hub repository (owner/name), tiny or {', '.join(ALIASES)}")
+    return None
+
+
+def model_config(model, part):
+    """config.json of one part, such as "unet"; of a hub repository only this file is fetched, no weights."""
+    folder = local_folder(model)
+    return read_json(folder / part / "config.json" if folder else
+                     fetch(ALIASES.get(model, model), f"{part}/config.json"))
 
 
 def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     """Models from a folder in diffusers layout or from a hub repository.
 
-    The UNet and the text encoder take `dtype`. The autoencoder stays float32: in float16 it can overflow, and its cost
-    is small next to the UNet's.
+    The UNet and the text encoder take `dtype`. The autoencoder stays float32: in float16 it can overflow, and
+    its cost is small next to the UNet's.
     """
-    folder = model_folder(folder_or_repo)
+    folder = local_folder(folder_or_repo) or fetch_model(folder_or_repo)
     return Models(
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         load_module(CLIPTextModel, folder / "text_encoder", "model", device, dtype),
@@ -1150,11 +1222,11 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
         DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json")))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # In and out of the latent space
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-CHUNK = 16                                           # frames that the autoencoder takes at once; bounds the memory
+CHUNK = 16                                      # frames that the autoencoder takes at once; bounds the memory
 
 
 @torch.no_grad()
@@ -1165,7 +1237,7 @@ def encode_prompt(models, prompts):
 
 @torch.no_grad()
 def encode_video(models, video, generator=None):
-    """video (B,3,F,h,w) in [-1,1] -> scaled latents (B,C,F,H,W): the mean, or a sample with a (CPU) generator."""
+    """video (B,3,F,h,w) in [-1,1] -> scaled latents (B,C,F,H,W): mean, or sample with a (CPU) generator."""
     frames = video.transpose(1, 2).flatten(0, 1).to(models.device, torch.float32)        # (B*F, 3, h, w)
     mean, logvar = (torch.cat(part) for part in zip(*map(models.vae.encode, frames.split(CHUNK))))
     if generator is not None:
@@ -1196,16 +1268,17 @@ def predict(models, x, t, text, motion=None):
     return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training: one clip's motion into the embeddings (Eq. 4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def motion_loss(kind, prediction, target, anchors):
     """The loss of each clip, (M,), from prediction and target (M,C,F,H,W) and one anchor frame per clip (M,).
 
-    mse       || eps - eps_theta ||^2, averaged                                                           (Eq. 4)
-    debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a frame has
-              in common with the anchor counts less (MotionDirector, arXiv 2310.08465, without its LoRA terms)
+    mse       || eps - eps_theta ||^2, averaged                                                        (Eq. 4)
+    debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
+              frame has in common with the anchor counts less (MotionDirector, arXiv 2310.08465, without its
+              LoRA terms)
     """
     def mse(a, b):
         return (a - b).square().mean(dim=(1, 2, 3, 4))
@@ -1223,10 +1296,11 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse
                  snapshots=(), on_snapshot=None, checkpointing=False, progress=True, **settings):
     """Learns the motion of M clips: latents (M,C,F,H,W), text (M,L,D) -> MotionEmbeddings, in eval mode.
 
-    M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen              (Eq. 4)
+    M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
-    AdamW, constant learning rate, one noise level per clip and step. The loss is the mean per clip, summed over clips,
-    and every clip draws from a generator of its own: together equals alone. The result has `losses` (steps, M).
+    AdamW, constant learning rate, one noise level per clip and step. The loss is the mean per clip, summed
+    over clips, and every clip draws from a generator of its own: together equals alone. The result has
+    `losses` (steps, M).
 
     state        file that keeps the training every `state_every` steps; an interrupted call goes on from it
     snapshots    steps after which on_snapshot(step, motion) is called, motion in eval mode
@@ -1235,9 +1309,11 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse
     The authors train in fp16 with dropout active; here the UNet stays in eval mode, so there is no dropout.
     """
     clips, _, frames, height, width = latents.shape
-    motion = MotionEmbeddings(models.unet.config, frames, height, width, clips=clips, **settings).to(models.device)
+    motion = MotionEmbeddings(models.unet.config, frames, height, width, clips=clips, **settings)
+    motion.to(models.device)
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr)
-    # Gradients of float16 activations would vanish below 6e-8: the scaler multiplies the loss and divides the gradients.
+    # Gradients of float16 activations would vanish below 6e-8: the scaler multiplies the loss and divides the
+    # gradients.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
     generators = [torch.Generator().manual_seed(seed) for _ in range(clips)]
     losses = []
@@ -1246,7 +1322,8 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse
 
     motion.train()
     models.unet.checkpointing = checkpointing
-    bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step", disable=not progress)
+    bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
+               disable=not progress)
     for step in bar:
         t, noise, anchors = [], [], []
         for generator in generators:
@@ -1260,7 +1337,8 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse
         target = models.scheduler.target(latents, noise, t)
         per_clip = motion_loss(loss, prediction, target, anchors)
         if not per_clip.isfinite().all():
-            raise UserError(f"the loss is not finite at step {step + 1}: lower --lr (now {lr}) or use --dtype float32")
+            raise UserError(f"the loss is not finite at step {step + 1}: "
+                            f"lower --lr (now {lr}) or use --dtype float32")
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(per_clip.sum()).backward()
@@ -1281,8 +1359,9 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse
 
 def _save_state(path, motion, optimizer, scaler, generators, losses):
     with atomic_write(path) as temporary:
-        torch.save(dict(motion=motion.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        generators=[g.get_state() for g in generators], losses=losses), temporary)
+        torch.save(dict(motion=motion.state_dict(), optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict(), generators=[g.get_state() for g in generators],
+                        losses=losses), temporary)
 
 
 def _load_state(path, motion, optimizer, scaler, generators):
@@ -1295,20 +1374,23 @@ def _load_state(path, motion, optimizer, scaler, generators):
             generator.set_state(saved)
         return state["losses"]
     except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
-        raise UserError(f"the training state {path} cannot be used ({one_line(error)}); delete it to start over") from None
+        raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
+                        "delete it to start over") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling: new clips with that motion
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def ddim_invert(models, latents, text, steps=50, progress=True):
-    """The noise (B,C,F,H,W) from which deterministic sampling would give `latents` back (nearly): DDIM run backwards.
+    """The noise (B,C,F,H,W) from which deterministic sampling (nearly) gives `latents` back: DDIM backwards.
 
-    From the lowest timestep up, eps is taken from x of the level below; text is (B,L,D), usually of the empty prompt.
+    From the lowest timestep up, eps is taken from x of the level below; text is (B,L,D), usually of the empty
+    prompt.
     """
-    scheduler, x, below = models.scheduler, latents, 0   # the clean latents count as level 0: alphas_cumprod[0]
+    scheduler, x = models.scheduler, latents
+    below = 0                                        # the clean latents count as level 0: alphas_cumprod[0]
     for t in tqdm(scheduler.timesteps(steps).flip(0), "inverting", unit="step", disable=not progress):
         eps = scheduler.epsilon(predict(models, x, t, text), t, x)
         x = scheduler.move(x, eps, scheduler.abar(below, x), scheduler.abar(t, x))
@@ -1317,20 +1399,20 @@ def ddim_invert(models, latents, text, steps=50, progress=True):
 
 
 def blend_noise(inverted, fresh, prior):
-    """Start noise: sqrt(prior) * the inverted reference + sqrt(1 - prior) * fresh noise; the authors take prior 0.5.
+    """Start noise: sqrt(prior) * inverted reference + sqrt(1 - prior) * fresh noise; the authors take 0.5.
 
-    The weights keep the variance at 1. The inverted part brings the rough layout of the reference's motion along, which
-    is why eval_mi.py always compares with this noise and no embeddings.
+    The weights keep the variance at 1. The inverted part brings the rough layout of the reference's motion
+    along, which is why eval_mi.py always compares with this noise and no embeddings.
     """
     return math.sqrt(prior) * inverted + math.sqrt(1 - prior) * fresh
 
 
 @torch.no_grad()
 def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, progress=True):
-    """noise (B,C,F,H,W), text and negative (B,L,D) -> latents (B,C,F,H,W): DDIM with classifier-free guidance.
+    """noise (B,C,F,H,W), text, negative (B,L,D) -> latents (B,C,F,H,W): DDIM, classifier-free guidance.
 
-    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings act on both halves;
-    guidance <= 1 runs the prompt alone.
+    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings act on both
+    halves; guidance <= 1 runs the prompt alone.
     """
     scheduler, x, guided = models.scheduler, noise, guidance > 1
     texts = torch.cat([negative, text]) if guided else text
@@ -1400,8 +1482,7 @@ def _safetensors_header(path):
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
             if length > size - 8:
-                raise UserError(f"{path} is truncated or no safetensors file: a header of {length} bytes "
-                                f"does not fit into its {size} bytes; fetch it again")
+                raise ValueError(f"truncated: a header of {length} bytes does not fit into {size} bytes")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -1409,7 +1490,8 @@ def _safetensors_header(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no safetensors file: bad header ({one_line(error)})") from error
+        raise UserError(f"{path} is damaged or no safetensors file ({one_line(error)}); "
+                        "fetch it again") from error
     return header, metadata, 8 + length
 
 
@@ -1457,7 +1539,7 @@ def load_tensors(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path} was refused: it is damaged, or a pickle with code or objects beside "
-                        f"tensors; get a safetensors file or fetch it again ({type(error).__name__})") from error
+                        f"tensors ({type(error).__name__}); fetch it again, or as safetensors") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise UserError(f"{path} should hold a dict of tensors (a state dict)")
     return {name: tensor.detach() for name, tensor in tensors.items()}
@@ -1717,7 +1799,7 @@ def _frames(path):
         for frame in frames:
             size = size or frame.size
             if frame.size != size:
-                raise UserError(f"{path} mixes frames of {size} and {frame.size} pixels: scale them to one size")
+                raise UserError(f"{path} mixes frames of {size} and {frame.size} pixels: make them one size")
             if min(size) < SMALLEST:
                 raise UserError(f"{path} has frames of {size} pixels: {SMALLEST} x {SMALLEST} are the least")
             yield frame
@@ -1893,3 +1975,336 @@ def loss_curve(losses):
     draw.text(((left + right) / 2, bottom + 34 * zoom), "training step", INK, font, anchor="mt")
     draw.text((left, 14 * zoom), f"loss   (line: mean of {len(window)} steps)", INK, font)
     return image.resize((900, 480), Image.Resampling.LANCZOS)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+
+# What a model was trained for; options that are not given take these.
+MODEL_DEFAULTS = {
+    "tiny":  dict(frames=16, size="64x64",   fps=10, steps=150, sample_steps=25, guidance=3.0),
+    "other": dict(frames=24, size="576x320", fps=8,  steps=350, sample_steps=30, guidance=12.0),  # the paper's
+}
+
+
+def option(default, about, **extra):
+    """A field of Config with its default and its --help text."""
+    return dataclasses.field(default=default, metadata={"about": about, **extra})
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run. The command line is made from this class, and run.json records it."""
+    model: str = option("tiny", "the embedded model (tiny), zeroscope, a hub repository (owner/name) "
+                                "or a model folder")
+    video: str = option(None, "reference clip: GIF, WebP, APNG, a folder of pictures, or a file that ffmpeg "
+                              "reads (default: the first of data/clips)")
+    source_prompt: str = option(None, "what the reference shows (clips of data/clips bring theirs)")
+    prompts: tuple = option((), "what to show instead; repeat for more clips", flag="--prompt", type=str)
+    negative_prompt: str = option("", "what to keep away from")
+    motion: str = option(None, "reuse this motion file; nothing is trained")
+    out: str = option("out", "folder for the results")
+
+    use_mqk: bool = option(True, "ablation: without the Motion Query-Key embedding", flag="--no-mqk")
+    use_mv: bool = option(True, "ablation: without the Motion Value embedding", flag="--no-mv")
+    debias: str = option("diff", "how MV is cleared of static appearance at inference",
+                         choices=("diff", "mean", "none"))
+    debias_in_training: bool = option(False, "debias MV in training, too (not in the paper)")
+    mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
+    mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
+    levels: tuple = option((), "UNet levels that get embeddings, such as 1,2; 0 is the finest "
+                               "(default: the deepest level that has attention)", type=int)
+    motion_type: str = option("object", "camera: MV is dropped at inference, "
+                                        "as the authors do for camera motion", choices=("object", "camera"))
+
+    steps: int = option(None, "training steps")
+    lr: float = option(0.02, "learning rate")
+    loss: str = option("mse", "training loss", choices=("mse", "debiased"))
+    snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100: "
+                                  "early ones often leak less of the reference's looks", type=int)
+    checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
+
+    sample_steps: int = option(None, "DDIM steps")
+    guidance: float = option(None, "classifier-free guidance; 1 or less switches it off")
+    noise_prior: float = option(0.5, "share of the inverted reference in the start noise, 0 to 1")
+
+    frames: int = option(None, "frames of the clips")
+    size: str = option(None, "WIDTHxHEIGHT in pixels")
+    stride: int = option(None, "take every n-th frame of the reference "
+                               "(default: spread evenly over all of it)")
+    fps: int = option(None, "frames per second of what is written")
+    seed: int = option(0, "random seed of training and sampling")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "number format of the UNet; auto: float16 on cuda, float32 elsewhere",
+                        choices=("auto", "float32", "bfloat16", "float16"))
+    dry_run: bool = option(False, "say what would happen, and stop")
+
+    @property
+    def width_height(self):
+        """(width, height) in pixels"""
+        return tuple(map(int, self.size.split("x")))
+
+
+def numbers(text):
+    """'1,2' -> (1, 2)"""
+    return tuple(int(part) for part in text.split(","))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in this program's one-line form."""
+
+    def error(self, message):
+        """Replaces usage plus message by the one line."""
+        raise UserError(f"{message}; see --help")
+
+
+def parse(argv=None):
+    """Command line -> checked Config, with the model's defaults for what was not given."""
+    parser = Parser("mini_mi.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Config):
+        about, flag = f.metadata["about"], f.metadata.get("flag", "--" + f.name.replace("_", "-"))
+        if f.type is bool:
+            parser.add_argument(flag, dest=f.name, help=about,
+                                action="store_false" if f.default else "store_true")
+            continue
+        default = f.default
+        if f.name in MODEL_DEFAULTS["tiny"]:
+            default = f"{MODEL_DEFAULTS['tiny'][f.name]} for tiny, else {MODEL_DEFAULTS['other'][f.name]}"
+        about += f" (default: {default})" if default not in (None, (), "") else ""
+        repeatable, several = flag == "--prompt", f.type is tuple and flag != "--prompt"
+        placeholder = f.name.upper().rstrip("S") if repeatable else f.name.upper()
+        parser.add_argument(flag, dest=f.name, help=about, choices=f.metadata.get("choices"),
+                            metavar=None if "choices" in f.metadata else placeholder,
+                            action="append" if repeatable else "store",
+                            type=str if repeatable else numbers if several else f.type)
+    given = vars(parser.parse_args(argv))
+    config = Config(**given)
+    for name, value in MODEL_DEFAULTS.get(config.model, MODEL_DEFAULTS["other"]).items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    check(config, set(given))
+    return config
+
+
+def check(config, given):
+    """UserError for values and combinations that make no sense; given: the names on the command line."""
+    def refuse(condition, message):
+        if condition:
+            raise UserError(message)
+
+    refuse(not (config.use_mqk or config.use_mv),
+           "--no-mqk and --no-mv together leave nothing to train; drop one")
+    training = {"steps", "lr", "loss", "snapshots", "checkpointing", "levels", "mqk_dims", "mv_dims",
+                "debias_in_training"}
+    clash = sorted(given & training) if config.motion else []
+    refuse(clash, f"--motion reuses what was trained, so --{', --'.join(c.replace('_', '-') for c in clash)} "
+                  "can have no effect; leave one of the two out")
+    refuse("mqk_dims" in given and not config.use_mqk, "--no-mqk leaves nothing for --mqk-dims; drop one")
+    refuse(given & {"mv_dims", "debias", "debias_in_training"} and not config.use_mv,
+           "--no-mv leaves nothing for --mv-dims and --debias; drop one")
+    refuse(config.motion_type == "camera" and not config.use_mqk,
+           "--motion-type camera drops MV, and --no-mqk drops the rest; leave one of the two out")
+    refuse("debias" in given and config.motion_type == "camera",
+           "--motion-type camera drops MV at inference, so --debias can have no effect; drop one")
+    refuse(not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.size),
+           f"--size {config.size}: give it as WIDTHxHEIGHT, 576x320")
+    for name, least in dict(frames=2, steps=1, sample_steps=1, fps=1, stride=1, seed=0).items():
+        value = getattr(config, name)
+        refuse(value is not None and value < least,
+               f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+    refuse(not 0 <= config.noise_prior <= 1, f"--noise-prior {config.noise_prior}: it must be within 0 and 1")
+    refuse(not 0 < config.lr < math.inf, f"--lr {config.lr}: it must be above 0")
+    refuse(not math.isfinite(config.guidance), f"--guidance {config.guidance}: it must be a number")
+    beyond = [s for s in config.snapshots if not 1 <= s <= config.steps]
+    refuse(beyond, f"--snapshots {beyond[:1]}: training has steps 1 to {config.steps}")
+    refuse(config.device.startswith("cuda") and not torch.cuda.is_available(),
+           "--device cuda: no CUDA device is found here; use --device cpu")
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.dtype == "auto":
+        config.dtype = "float16" if config.device.startswith("cuda") else "float32"
+
+
+def choose_clip(config):
+    """Fills in video, source prompt and prompts: clips that have a clips.json beside them bring theirs."""
+    recorded = {}
+    if config.motion and not config.video:           # a motion file remembers the clip that it was trained on
+        recorded = MotionEmbeddings.load(config.motion).source
+        config.video = recorded.get("video")
+        config.source_prompt = config.source_prompt or recorded.get("prompt")
+    if not config.video and not config.motion:
+        first = next(iter(read_json(HERE / "data" / "clips" / "clips.json")))
+        config.video = str(HERE / "data" / "clips" / f"{first}.webp")
+    if config.video:
+        listing = Path(config.video).parent / "clips.json"
+        about = read_json(listing).get(Path(config.video).stem, {}) if listing.is_file() else {}
+        config.source_prompt = config.source_prompt or about.get("caption")
+        config.prompts = tuple(config.prompts) or tuple(about.get("prompts", ())[:2])
+    if not config.prompts:
+        raise UserError('nothing to generate: say what the new clip shows, --prompt "..."')
+    if config.source_prompt is None and not config.motion:
+        raise UserError('say what the reference shows, --source-prompt "...": what the text explains, '
+                        "the motion embeddings need not learn")
+    if not config.video and config.noise_prior > 0:
+        raise UserError("this motion file does not say which clip it was trained on: "
+                        "give --video, or --noise-prior 0")
+
+
+def describe(config, motion_parameters):
+    """What a run will do, as lines."""
+    width, height = config.width_height
+    how = f"reuse {config.motion}" if config.motion else (
+        f"train {config.steps} steps, lr {config.lr}, loss {config.loss}")
+    parts = " and ".join(name for name, used in (("MQK", config.use_mqk), ("MV", config.use_mv)) if used)
+    return (f"model      {config.model} on {config.device}, {config.dtype}\n"
+            f"reference  {config.video}: {config.frames} frames of {width}x{height}, "
+            f"\"{config.source_prompt}\"\n"
+            f"motion     {how}; {parts}, {motion_parameters:,} embedding parameters, debias {config.debias}, "
+            f"motion type {config.motion_type}\n"
+            f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
+            f"{config.noise_prior}, seed {config.seed}\n"
+            + "".join(f"prompt     {p}\n" for p in config.prompts) + f"results    {config.out}/")
+
+
+def latent_grid(config, vae_config):
+    """Latent (height, width) of the configured size."""
+    factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    width, height = config.width_height
+    if width % factor or height % factor:
+        near = "x".join(str(max(1, round(n / factor)) * factor) for n in (width, height))
+        raise UserError(f"--size {config.size}: both numbers must be multiples of {factor} for this model; "
+                        f"{near} is near")
+    return height // factor, width // factor
+
+
+def run(config):
+    """The main job: train (or load) the reference's motion, sample every prompt, write all to config.out."""
+    choose_clip(config)
+    out, grid = Path(config.out), latent_grid(config, model_config(config.model, "vae"))
+    settings = dict(levels=config.levels or None, use_mqk=config.use_mqk, use_mv=config.use_mv,
+                    debias=config.debias, mqk_dims=config.mqk_dims, mv_dims=config.mv_dims,
+                    debias_in_training=config.debias_in_training)
+    motion = (MotionEmbeddings.load(config.motion) if config.motion else
+              MotionEmbeddings(model_config(config.model, "unet"), config.frames, *grid, **settings))
+    print(describe(config, sum(p.numel() for p in motion.parameters())))
+    if config.dry_run:
+        return
+    with atomic_write(out / "run.json") as temporary:    # fails now, not after the training, if out is no place
+        if (out / "run.json").exists():
+            shutil.copy(out / "run.json", temporary)
+        else:
+            temporary.write_text("{}\n")
+
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(name):
+        nonlocal clock
+        seconds[name] = round(time.perf_counter() - clock, 2)
+        clock = time.perf_counter()
+
+    # Everything random comes from the seed alone, so a later run with --motion repeats these frames exactly.
+    # Training draws from `seed` itself; the two streams here have seeds of their own.
+    def generator(stream):
+        return torch.Generator().manual_seed(config.seed + stream)
+
+    reference = None
+    if config.video:
+        reference = read_video(config.video, config.frames, config.width_height, config.stride)
+    models = load_models(config.model, config.device, getattr(torch, config.dtype))
+    lap("load")
+    if reference is not None:
+        latents = encode_video(models, to_model_range(reference), generator(stream=1_000_000))
+    losses = None
+    if config.motion:
+        motion = motion.to(models.device)
+        motion.debias = config.debias
+        motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
+    else:
+        # The state's name holds all that determines the training: no run continues another one's state.
+        key = repr([settings, config.lr, config.loss, config.seed, config.model, config.dtype,
+                    config.source_prompt])
+        digest = hashlib.sha256(key.encode() + latents.cpu().numpy().tobytes()).hexdigest()
+        state = out / f"training-{digest[:12]}.pt"
+        source = dict(video=config.video, prompt=config.source_prompt)
+
+        def keep(step, motion):
+            motion.source = source
+            motion.save(out / f"motion-step{step}.safetensors")
+
+        motion = train_motion(models, latents, encode_prompt(models, [config.source_prompt]),
+                              steps=config.steps, lr=config.lr, seed=config.seed, loss=config.loss,
+                              state=state, snapshots=config.snapshots, on_snapshot=keep,
+                              checkpointing=config.checkpointing, **settings)
+        motion.source, losses = source, motion.losses[:, 0].tolist()
+        motion.save(out / "motion.safetensors")
+        with atomic_write(out / "loss.png") as temporary:
+            loss_curve(losses).save(temporary)
+        state.unlink(missing_ok=True)
+        lap("train")
+    motion.use_mv &= config.motion_type == "object"
+
+    shape = (1, models.unet.conv_in.in_channels, config.frames, *grid)
+    noise = torch.randn(shape, generator=generator(stream=2_000_000)).to(models.device)
+    if config.noise_prior > 0:
+        inverted = ddim_invert(models, latents, encode_prompt(models, [""]))
+        noise = blend_noise(inverted, noise, config.noise_prior)
+        lap("invert")
+    # All prompts start from the same noise: what a prompt gives does not depend on the others.
+    noise = noise.expand(len(config.prompts), -1, -1, -1, -1)
+    text = encode_prompt(models, config.prompts)
+    negative = encode_prompt(models, [config.negative_prompt] * len(config.prompts))
+    with_motion, without = ([to_uint8(v) for v in decode_video(models, sample(
+        models, noise, text, negative, config.sample_steps, config.guidance, m))] for m in (motion, None))
+    lap("sample")
+
+    rows = [] if reference is None else [("reference", reference)]
+    for n, (prompt, clip, plain) in enumerate(zip(config.prompts, with_motion, without), 1):
+        name = f"{n}-" + re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+        write_video(out / f"{name}.gif", clip, config.fps)
+        panels = rows[:1] + [(prompt, clip), ("same seed, no embeddings", plain)]
+        compared = side_by_side([v for _, v in panels], [k for k, _ in panels])
+        write_video(out / f"{name}-compare.gif", compared, config.fps)
+        rows += [(prompt, clip), ("the same without embeddings", plain)]
+    with atomic_write(out / "sheet.png") as temporary:
+        contact_sheet(rows).save(temporary)
+    lap("write")
+    peak = torch.cuda.max_memory_allocated() if models.device.type == "cuda" else None
+    with atomic_write(out / "run.json") as temporary:
+        temporary.write_text(json.dumps(dict(
+            config=dataclasses.asdict(config), seconds=seconds, losses=losses, peak_cuda_bytes=peak,
+            embedding_parameters=sum(p.numel() for p in motion.parameters()),
+            versions=dict(python=platform.python_version(), torch=torch.__version__,
+                          numpy=np.__version__)), indent=1))
+    print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.gif and {out}/sheet.png")
+
+
+def guarded(job):
+    """Runs job(); returns the exit status: 0, or 2 after one line that says what is wrong and what to do."""
+    try:
+        job()
+        return 0
+    except UserError as error:
+        message = one_line(error)
+    except KeyboardInterrupt:
+        message = ("interrupted; what was finished is kept: "
+                   "run the same command again and it goes on from there")
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "out of memory: use --checkpointing, fewer --frames or a smaller --size"
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):              # the CPU allocator's way of saying out of memory
+            raise
+        message = "out of memory: use --checkpointing, fewer --frames or a smaller --size"
+    print(f"\nerror: {message}", file=sys.stderr)
+    return 2
+
+
+def main(argv=None):
+    """Entry point of the command line; returns the exit status."""
+    return guarded(lambda: run(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,11 +60,11 @@ SPECIAL = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token
 
 # stage      steps  batch  peak learning rate; the batch counts frames for vae, clip and images, else clips.
 STAGES = {
-    "vae":    (4000, 32, 2e-3),
-    "clip":   (1500, 64, 1e-3),
-    "images": (1000, 64, 1.5e-3),
-    "clips8": (1100, 16, 1e-3),
-    "clips":  (1900, 8, 7e-4),
+    "vae":    (3000, 32, 2e-3),
+    "clip":   (900, 64, 1e-3),
+    "images": (800, 64, 1.5e-3),
+    "clips8": (800, 16, 1e-3),
+    "clips":  (1200, 8, 7e-4),
 }
 EMPTY = 0.1            # share of empty captions: guidance and the empty-prompt inversion need them
 
@@ -293,6 +293,8 @@ def latent_pool(args, seed):
 def train_unet(stage, args):
     """v-prediction with min-SNR weights (arXiv 2303.09556) on 1, 8 or 16 frames of the latent clips."""
     frames = {"images": 1, "clips8": 8, "clips": 16}[stage]
+    if stage == "images" and (args.fresh or not (TINY / "unet").exists()):
+        write_part("unet", mini_mi.UNet3DConditionModel(UNET), UNET)
     models, latents, captions = latent_pool(args, seed=5)
     every = world.all_captions()
     texts = mini_mi.encode_prompt(models, [*every, ""])

@@ -1,0 +1,202 @@
+"""Files: safetensors against the reference package, damaged and hostile checkpoints, atomic writing."""
+
+import json
+import os
+import random
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+
+import mini_mi
+
+
+def example():
+    """Tensors of every dtype, odd byte counts before wide ones, an empty one and a scalar."""
+    torch.manual_seed(0)
+    tensors = {f"x.{str(d).split('.')[1]}": torch.randn(3, 5).mul(50).to(d)
+               for d in mini_mi.SAFETENSORS_DTYPES.values()}
+    return {**tensors, "a.bytes": torch.arange(7, dtype=torch.uint8), "scalar": torch.tensor(2.5),
+            "empty": torch.zeros(0, 4), "transposed": torch.randn(4, 6).T}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def raw_safetensors(path, header, data=b"\0" * 16, length=None):
+    """A safetensors file with exactly this header (a dict or bytes), however wrong it is."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def refused(path, match):
+    with pytest.raises(mini_mi.UserError, match=match) as caught:
+        mini_mi.load_tensors(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_our_safetensors_is_read_by_the_reference_package(tmp_path):
+    path = tmp_path / "new" / "ours.safetensors"
+    mini_mi.save_safetensors(path, example(), {"frames": "16"})
+    assert_equal(safetensors.torch.load_file(path), example())
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"frames": "16"}
+    assert os.listdir(path.parent) == ["ours.safetensors"]
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
+
+
+def test_safetensors_of_the_reference_package_is_read(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in example().items()}
+    safetensors.torch.save_file(tensors, path, {"k": "v"})
+    assert_equal(mini_mi.load_tensors(path), tensors)
+    assert mini_mi.read_metadata(path) == {"k": "v"}
+    safetensors.torch.save_file(tensors, path)
+    assert mini_mi.read_metadata(path) == {}
+
+
+def test_writing_into_a_loaded_tensor_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    mini_mi.save_safetensors(path, {"x": torch.ones(4)})
+    mini_mi.load_tensors(path)["x"].zero_()
+    assert mini_mi.load_tensors(path)["x"].tolist() == [1, 1, 1, 1]
+
+
+def test_unaligned_header_is_read(tmp_path):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    for spaces in range(8):
+        data = struct.pack("<4f", 1, 2, 3, 4)
+        path = raw_safetensors(tmp_path / "x.safetensors", header + b" " * spaces, data)
+        assert mini_mi.load_tensors(path)["x"].tolist() == [1, 2, 3, 4]
+
+
+def entry(begin=0, end=16, dtype="F32", shape=(4,)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("header, match", [
+    ({"x": entry(dtype="F4")}, "unknown dtype F4"),
+    ({"x": entry(dtype=["F32"])}, "damaged"),
+    ({"x": entry(shape=(5,))}, "cannot hold shape"),
+    ({"x": entry(shape=(-2, -2))}, "cannot hold shape"),
+    ({"x": entry(0, 0, shape=(0, 2**70))}, "damaged"),
+    ({"x": entry(shape=(2**40, 2**40))}, "cannot hold shape"),
+    ({"x": entry(shape="4")}, "damaged"),
+    ({"x": entry(4, 20)}, "overlap"),
+    ({"x": entry(-16, 0)}, "overlap"),
+    ({"x": entry(0, 8, shape=(2,)), "y": entry(4, 16, shape=(3,))}, "overlap"),
+    ({"x": entry(0, 8, shape=(2,)), "y": entry(12, 16, shape=(1,))}, "gap"),
+    ({"x": entry(0, 32, shape=(8,))}, "outside"),
+    ({"x": entry(0, 8, shape=(2,))}, "belong to no tensor"),
+    ({"x": {"dtype": "F32"}}, "damaged"),
+    ({"x": 3}, "damaged"),
+    ({"x": entry(), "__metadata__": {"k": 1}}, "no safetensors file"),
+    ({"x": entry(), "__metadata__": 7}, "no safetensors file"),
+    (b"[1, 2]", "no safetensors file"),
+    (b"{not json", "no safetensors file"),
+    (b"\xff\xfe{}", "no safetensors file"),
+    (b"[" * 100_000, "no safetensors file"),
+])
+def test_lying_headers_are_refused(tmp_path, header, match):
+    refused(raw_safetensors(tmp_path / "x.safetensors", header), match)
+
+
+def test_truncated_safetensors_is_refused_at_every_length(tmp_path):
+    path = tmp_path / "x.safetensors"
+    mini_mi.save_safetensors(path, {"x": torch.ones(3), "y": torch.ones(2, 2)})
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        refused(path, "truncated|damaged|no safetensors")
+    refused(raw_safetensors(path, {}, length=2**63), "truncated")
+
+
+def test_random_damage_in_a_header_never_shows_a_traceback(tmp_path):
+    path, rng, kept = tmp_path / "x.safetensors", random.Random(0), 0
+    mini_mi.save_safetensors(path, {"x": torch.ones(3), "y": torch.ones(2, 2)}, {"k": "v"})
+    whole = path.read_bytes()
+    for _ in range(600):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            kept += len(mini_mi.load_tensors(path)) > 0
+        except mini_mi.UserError:
+            pass
+    assert 0 < kept < 600
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path, legacy):
+    path, Attack.marker = tmp_path / "evil.bin", tmp_path / "was-run"
+    torch.save({"x": torch.ones(2), "y": Attack()}, path, _use_new_zipfile_serialization=not legacy)
+    refused(path, "refused")
+    assert not Attack.marker.exists()
+    torch.load(path, weights_only=False)  # the attack is a real one
+    assert Attack.marker.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_bin_files_load_and_truncated_ones_are_refused(tmp_path, legacy):
+    path = tmp_path / "x.bin"
+    tensors = {"w": torch.randn(4, 3), "p": torch.nn.Parameter(torch.ones(2))}
+    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    loaded = mini_mi.load_tensors(path)
+    assert_equal(loaded, tensors)
+    assert not loaded["p"].requires_grad
+    whole = path.read_bytes()
+    for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(path, "refused")
+
+
+def test_a_checkpoint_that_is_no_dict_of_tensors_is_refused(tmp_path):
+    for content in ([torch.ones(1)], {"steps": 3}, torch.ones(2)):
+        torch.save(content, tmp_path / "x.pt")
+        refused(tmp_path / "x.pt", "dict of tensors")
+    refused(tmp_path / "missing.safetensors", "does not exist")
+    refused(tmp_path, "does not exist or is not a file")
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": "\u00e9"}', encoding="utf-8")
+    assert mini_mi.read_json(path) == {"a": "\u00e9"}
+    for content, match in ((b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff", "not valid JSON"),
+                           (b"[" * 100_000, "not valid JSON"), (b"[1]", "JSON object")):
+        path.write_bytes(content)
+        with pytest.raises(mini_mi.UserError, match=match):
+            mini_mi.read_json(path)
+    with pytest.raises(mini_mi.UserError, match="cannot read"):
+        mini_mi.read_json(tmp_path / "missing.json")
+
+
+def test_atomic_write_keeps_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "a" / "x.txt"
+    with mini_mi.atomic_write(path) as temporary:
+        temporary.write_text("old")
+        assert temporary.parent == path.parent and temporary.suffix == ".txt" and not path.exists()
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        with pytest.raises(error), mini_mi.atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise error
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["x.txt"]
+
+
+def test_atomic_write_to_an_impossible_place_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "x.txt", tmp_path / "folder"):
+        with pytest.raises(mini_mi.UserError, match="cannot write"), mini_mi.atomic_write(path) as temporary:
+            temporary.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and (tmp_path / "folder").is_dir()

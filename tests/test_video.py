@@ -1,0 +1,326 @@
+"""Clips in and out: round trips, frame choice, damaged and hostile files, and pictures of clips."""
+
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image, ImageDraw
+
+import mini_mi
+
+FFMPEG = shutil.which("ffmpeg")
+
+
+def clip(frames=12, height=48, width=64):
+    """A square that moves over a gradient, (F,h,w,3) uint8; frames 4 and 5 are equal."""
+    y, x = np.mgrid[:height, :width]
+    video = np.stack([np.stack([x * 2, y * 3, (x + y)], -1)] * frames).astype(np.uint8)
+    for index, frame in enumerate(video):
+        left = 3 * (4 if index == 5 else index)
+        frame[12:28, left : left + 16] = (250, 30, 40)
+    return video
+
+
+def numbered(frames, size=16):
+    """(F,h,w,3) uint8 where every pixel of frame k is k."""
+    return np.arange(frames, dtype=np.uint8)[:, None, None, None] * np.ones((1, size, size, 3), np.uint8)
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(mini_mi.UserError, match=match) as caught:
+        mini_mi.read_video(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+# ---- Round trips ---------------------------------------------------------------------------------------
+def test_webp_comes_back_bit_for_bit_with_equal_neighbours(tmp_path):
+    mini_mi.write_video(tmp_path / "x.webp", clip(), 8)
+    assert np.array_equal(mini_mi.read_video(tmp_path / "x.webp", 12, (64, 48)), clip())
+    still = np.repeat(clip(1), 5, axis=0)  # nothing moves at all: five frames all the same
+    mini_mi.write_video(tmp_path / "still.webp", still, 8)
+    assert np.array_equal(mini_mi.read_video(tmp_path / "still.webp", 5, (64, 48)), still)
+
+
+def test_gif_comes_back_with_all_frames_and_does_not_flicker(tmp_path):
+    mini_mi.write_video(tmp_path / "x.gif", clip(), 8)
+    video = mini_mi.read_video(tmp_path / "x.gif", 12, (64, 48))
+    assert np.abs(video.astype(int) - clip()).mean() < 4
+    assert (video[:, 40:] == video[:1, 40:]).all()  # what stands still is the same in each frame, to the bit
+    still = np.repeat(clip(1), 5, axis=0)
+    mini_mi.write_video(tmp_path / "still.gif", still, 8)
+    assert len(mini_mi.read_video(tmp_path / "still.gif", 5, (64, 48))) == 5
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+@pytest.mark.parametrize("fps", [8, 10, 24, 12.5])
+def test_durations_add_up_and_the_clip_loops(tmp_path, suffix, fps):
+    path, total = tmp_path / f"x{suffix}", 0
+    mini_mi.write_video(path, clip(), fps)
+    with Image.open(path) as image:
+        assert image.info["loop"] == 0 and image.n_frames == 12
+        for index in range(12):
+            image.seek(index)
+            image.load()
+            total += image.info["duration"]
+    assert abs(total - 12_000 / fps) <= (5 if suffix == ".gif" else 0.5)  # rounded once, not once per frame
+
+
+def test_few_colours_survive_in_a_gif(tmp_path):
+    video = np.zeros((3, 16, 16, 3), np.uint8)
+    video[0, :8], video[1, :, :8], video[2] = (255, 0, 0), (0, 200, 40), (10, 20, 250)
+    mini_mi.write_video(tmp_path / "x.gif", video, 5)
+    assert np.abs(mini_mi.read_video(tmp_path / "x.gif", 3, (16, 16)).astype(int) - video).max() <= 4
+
+
+@pytest.mark.parametrize("height, width", [(48, 64), (47, 63)])
+def test_mp4_round_trip_also_of_odd_size(tmp_path, height, width):
+    path, video = tmp_path / "x.mp4", clip(12, height, width)
+    if FFMPEG is None:
+        with pytest.raises(mini_mi.UserError, match="needs the program ffmpeg"):
+            mini_mi.write_video(path, video, 8)
+        assert list(tmp_path.iterdir()) == []
+        return
+    mini_mi.write_video(path, video, 8)
+    even = (width + width % 2, height + height % 2)
+    back = mini_mi.read_video(path, 12, even)
+    assert np.abs(back[:, :height, :width].astype(int) - video).mean() < 6
+    assert list(tmp_path.iterdir()) == [path]
+    refused("has 12 frames, but 13 are needed", path, 13, even)
+
+
+def test_without_ffmpeg_a_video_file_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "x.mp4").write_bytes(b"anything")
+    refused("needs the program ffmpeg", tmp_path / "x.mp4", 4, (16, 16))
+    with pytest.raises(mini_mi.UserError, match="needs the program ffmpeg"):
+        mini_mi.write_video(tmp_path / "y.mp4", clip(), 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"]
+
+
+def ffmpeg_make(path, *options):
+    """A 20-frame test film by ffmpeg, 64x32, frame k at k/10 seconds."""
+    source = "testsrc=size=64x32:rate=10:duration=2"
+    subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", source, *options, str(path)], check=True)
+    return path
+
+
+def test_ffmpeg_reads_the_stored_frames_upright(tmp_path, monkeypatch):
+    if FFMPEG is None:
+        refused("does not exist", tmp_path / "x.webm", 4, (16, 16))
+        return
+    gaps = ffmpeg_make(tmp_path / "gaps.mkv", "-vf", "select='not(between(n,5,12))'")
+    refused("has 12 frames", gaps, 13, (64, 32))  # neither repeated into the gap nor dropped
+    ffmpeg_make(tmp_path / "a:b.avi")
+    monkeypatch.chdir(tmp_path)
+    refused("has 20 frames", "a:b.avi", 21, (64, 32))  # not the protocol "a"
+    plain = ffmpeg_make(tmp_path / "plain.mp4")
+    copy, turned = ["-i", str(plain), "-c", "copy"], str(tmp_path / "turned.mp4")
+    modern = subprocess.run([FFMPEG, "-v", "quiet", "-y", "-display_rotation", "90", *copy, turned])
+    if modern.returncode:  # ffmpeg before 6 sets the mark of a turned phone otherwise
+        mark = ["-metadata:s:v:0", "rotate=90"]
+        subprocess.run([FFMPEG, "-v", "quiet", "-y", *copy, *mark, turned], check=True)
+    upright, level = mini_mi.read_video(turned, 2, (32, 64)), mini_mi.read_video(plain, 2, (64, 32))
+    errors = [np.abs(np.rot90(level, k, (1, 2)).astype(int) - upright).mean() for k in (1, 3)]
+    assert min(errors) < 8 < max(errors)
+
+
+@pytest.mark.parametrize("options", [(), ("-movflags", "+faststart")])
+def test_truncated_or_fake_mp4_is_refused(tmp_path, options):
+    fake = tmp_path / "fake.mp4"
+    fake.write_text("this is a text\n" * 50)
+    refused("damaged, truncated or no video" if FFMPEG else "ffmpeg", fake, 2, (16, 16))
+    if FFMPEG:
+        whole = ffmpeg_make(tmp_path / "x.mp4", *options).read_bytes()
+        for share in (0.02, 0.3, 0.6, 0.9):
+            fake.write_bytes(whole[: int(share * len(whole))])
+            refused("damaged, truncated or no video", fake, 2, (16, 16))
+
+
+# ---- Which frames, and how they are scaled -------------------------------------------------------------
+@pytest.mark.parametrize("suffix", [".webp", ""])
+def test_frames_are_spaced_evenly_or_by_stride(tmp_path, suffix):
+    path, video = tmp_path / f"x{suffix}", numbered(25)
+    if suffix:
+        mini_mi.write_video(path, video, 8)
+    else:
+        path.mkdir()
+        for index, frame in enumerate(video):  # natural order: 2 before 10
+            Image.fromarray(frame).save(path / f"frame{index}.png")
+        (path / "notes.txt").write_text("no image")
+        (path / ".hidden.png").write_text("no image")
+
+    def picked(*args, **kwargs):
+        return mini_mi.read_video(path, *args, size=(16, 16), **kwargs)[:, 0, 0, 0].tolist()
+
+    assert picked(25) == list(range(25))
+    assert picked(5) == [0, 6, 12, 18, 24]
+    assert picked(4) == [0, 8, 16, 24]
+    assert picked(2) == [0, 24] and picked(1) == [0]
+    assert picked(5, stride=3) == [0, 3, 6, 9, 12]
+    assert picked(9, stride=3) == list(range(0, 25, 3))
+    refused("has 25 frames, but 28 are needed", path, 10, (16, 16), stride=3)
+    refused("has 25 frames, but 26 are needed", path, 26, (16, 16))
+    refused("at least 1", path, 4, (16, 16), stride=0)
+    refused("at least 1", path, 0, (16, 16))
+
+
+def test_frames_cover_the_size_and_are_cropped_to_the_centre(tmp_path):
+    wide = np.zeros((2, 40, 120, 3), np.uint8)
+    wide[:, :, 40:80] = 255  # the middle third is white: a square crop shows only that
+    mini_mi.write_video(tmp_path / "wide.webp", wide, 8)
+    assert (mini_mi.read_video(tmp_path / "wide.webp", 2, (40, 40)) == 255).all()
+    assert mini_mi.read_video(tmp_path / "wide.webp", 2, (20, 60)).shape == (2, 60, 20, 3)
+    stripes = np.zeros((1, 64, 64, 3), np.uint8)
+    stripes[:, :, ::2] = 255  # finer than the small picture can show: antialiasing makes an even grey
+    mini_mi.write_video(tmp_path / "stripes.webp", stripes, 8)
+    small = mini_mi.read_video(tmp_path / "stripes.webp", 1, (16, 16)).astype(int)
+    assert np.abs(small - 127).max() < 12
+
+
+def test_gif_frames_are_composited(tmp_path):
+    """Frame 1 paints the left half over frame 0: the right half stays red or, disposed of, is empty."""
+    base = Image.new("RGBA", (16, 16), "red")
+    ImageDraw.Draw(base).rectangle((0, 0, 15, 3), (0, 0, 0, 0))
+    patch = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    ImageDraw.Draw(patch).rectangle((0, 6, 7, 15), "blue")
+    base.save(tmp_path / "keep.gif", save_all=True, append_images=[patch], disposal=1, duration=100)
+    video = mini_mi.read_video(tmp_path / "keep.gif", 2, (16, 16))
+    assert video[1, 8, 2].tolist() == [0, 0, 255] and video[1, 8, 12].tolist() == [255, 0, 0]
+    base.save(tmp_path / "clear.gif", save_all=True, append_images=[patch], disposal=2, duration=100)
+    video = mini_mi.read_video(tmp_path / "clear.gif", 2, (16, 16))
+    assert video[1, 8, 2].tolist() == [0, 0, 255] and video[1, 8, 12].tolist() == [255, 255, 255]
+    assert video[0, 8, 12].tolist() == [255, 0, 0] and (video[:, 1] == 255).all()
+
+
+def test_apng_with_and_without_a_separate_still(tmp_path):
+    images = [Image.fromarray(frame) for frame in numbered(4)]
+    images[0].save(tmp_path / "x.png", save_all=True, append_images=images[1:], duration=100)
+    assert mini_mi.read_video(tmp_path / "x.png", 4, (16, 16))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    images[0].save(tmp_path / "y.apng", "PNG", save_all=True, append_images=images[1:], default_image=True)
+    assert mini_mi.read_video(tmp_path / "y.apng", 3, (16, 16))[:, 0, 0, 0].tolist() == [1, 2, 3]
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------
+def test_missing_empty_and_fake_files(tmp_path):
+    refused("does not exist", tmp_path / "x.gif", 2, (16, 16))
+    for name, content in (("empty.gif", b""), ("empty.mp4", b"")):
+        (tmp_path / name).write_bytes(content)
+        refused("is empty", tmp_path / name, 2, (16, 16))
+    for suffix in (".gif", ".webp", ".png"):
+        (tmp_path / f"text{suffix}").write_text("GIF89a, but only in words\n")
+        refused("damaged or no picture", tmp_path / f"text{suffix}", 2, (16, 16))
+
+
+def test_a_program_in_the_clothes_of_a_picture_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("PostScript was run"))
+    (tmp_path / "x.gif").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n")
+    refused("damaged or no picture", tmp_path / "x.gif", 1, (16, 16))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_truncated_pictures_are_refused(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".png":
+        images = [Image.fromarray(frame) for frame in clip()]
+        images[0].save(path, save_all=True, append_images=images[1:])
+    else:
+        mini_mi.write_video(path, clip(), 8)
+    whole = path.read_bytes()
+    for share in (0.001, 0.1, 0.37, 0.5, 0.73, 0.95):
+        path.write_bytes(whole[: int(share * len(whole)) + 1])
+        refused("damaged or no picture|empty", path, 2, (16, 16))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])  # PIL warns of the first and refuses the second
+def test_decompression_bomb_is_refused(tmp_path, side):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 1000)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(content)
+    refused("too many pixels", tmp_path / "bomb.png", 1, (16, 16))
+    refused("too many pixels", tmp_path, 1, (16, 16))  # as one image of a folder
+
+
+def test_folders_that_cannot_be_clips(tmp_path):
+    refused("has 0 frames", tmp_path, 2, (16, 16))
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    Image.new("RGB", (32, 24)).save(tmp_path / "2.png")
+    refused("mixes frames", tmp_path, 2, (16, 16))
+    (tmp_path / "2.png").write_text("no image")
+    refused("2.png is damaged", tmp_path, 2, (16, 16))
+
+
+def test_tiny_images_are_refused(tmp_path):
+    for size in ((1, 1), (64, 7)):
+        Image.new("RGB", size).save(tmp_path / "x.png")
+        refused("8 x 8 are the least", tmp_path / "x.png", 1, (16, 16))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    assert mini_mi.read_video(tmp_path / "x.png", 1, (16, 16)).shape == (1, 16, 16, 3)
+
+
+def test_unknown_suffix_and_unwritable_place_leave_nothing_behind(tmp_path):
+    (tmp_path / "file").touch()
+    for path, match in (("x.mov3", "should end in"), ("x", "should end in"), ("file/x.gif", "cannot write")):
+        with pytest.raises(mini_mi.UserError, match=match):
+            mini_mi.write_video(tmp_path / path, clip(), 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ---- Pictures ------------------------------------------------------------------------------------------
+def dark_pixels(array):
+    return int((np.asarray(array).astype(int).sum(-1) < 200).sum())
+
+
+def test_contact_sheet_shows_first_and_last_frame_enlarged():
+    video = np.full((16, 64, 64, 3), 255, np.uint8)
+    video[0], video[-1] = (255, 0, 0), (0, 0, 255)
+    rows = [("reference", video), ("a star " * 60, video[:5]), ("", video)]
+    sheet = np.asarray(mini_mi.contact_sheet(rows))
+    row, tile = 24 + 198, 198  # 64 pixels are tripled; 6 are white
+    assert sheet.shape == (3 * row, 8 * tile, 3)
+    assert sheet[80, 60].tolist() == [255, 0, 0] and sheet[80, 7 * tile + 60].tolist() == [0, 0, 255]
+    assert sheet[row + 80, 6 * tile].tolist() == [255, 255, 255]  # the short row ends in white
+    assert 50 < dark_pixels(sheet[:24]) < dark_pixels(sheet[row : row + 24])  # the labels
+    assert dark_pixels(sheet[2 * row : 2 * row + 24]) == 0
+    large = np.zeros((24, 320, 576, 3), np.uint8)
+    assert mini_mi.contact_sheet([("large frames are reduced", large)]).size == (8 * tile, 24 + 107 + 6)
+
+
+def test_side_by_side_keeps_frames_and_can_be_written(tmp_path):
+    labels = ["reference", "a star " * 20, "no motion"]
+    frames = mini_mi.side_by_side([clip(5), clip(5)[::-1], clip(5)], labels)
+    assert frames.dtype == np.uint8 and frames.shape == (5, 60 + 3 * 48, 3 * (3 * 64 + 6), 3)
+    assert all(dark_pixels(frames[0, :60, k * 198 : (k + 1) * 198]) > 30 for k in range(3))
+    assert np.array_equal(frames[0, 60:, :192], frames[4, 60:, 198:390])  # the second runs backwards
+    mini_mi.write_video(tmp_path / "x.gif", frames, 8)
+    large = np.zeros((2, 320, 576, 3), np.uint8)
+    assert mini_mi.side_by_side([large], ["large"]).shape == (2, 380, 582, 3)  # not enlarged
+
+
+@pytest.mark.parametrize("losses", [[0.3], [0.3, 0.2], [0.0] * 3, [1e-6, 2e-6], list(range(5000, 0, -1))])
+def test_loss_curve_draws_any_history(losses):
+    picture = np.asarray(mini_mi.loss_curve(losses))
+    assert picture.shape == (480, 900, 3)
+    blue = (picture[..., 2].astype(int) - picture[..., 0]) > 40
+    assert blue.any()
+
+
+def test_loss_curve_falls_where_the_losses_fall():
+    picture = np.asarray(mini_mi.loss_curve(np.linspace(1, 0.1, 200))).astype(int)
+    line = (picture[..., 2] - picture[..., 0]) > 120
+    rows = [np.flatnonzero(line[:, column]).mean() for column in (150, 450, 800)]
+    assert rows[0] < rows[1] < rows[2]
+
+
+def test_ticks_are_round_and_few():
+    for high in (1e-9, 0.07, 0.5, 1, 3.3, 90, 200, 20_000):
+        ticks = mini_mi._ticks(0, high)
+        assert 3 <= len(ticks) <= 7 and ticks[0] == 0 and ticks[-1] <= high * (1 + 1e-9)
+        assert re.match(r"^(1|2|5)(\.0*)?e", f"{ticks[1]:.12e}")
