@@ -778,8 +778,9 @@ class MotionEmbeddings(nn.Module):
             have = getattr(module, leaf).shape[-1]
             if widths.get(name) != have:
                 raise UserError(
-                    f"these motion embeddings do not fit the model: {name} has width {have} in the motion file "
-                    f"and {widths.get(name, 'no place')} in the model; use the model they were made with")
+                    f"these motion embeddings do not fit the model: {name} has width {have} in the motion "
+                    f"file and {widths.get(name, 'no place')} in the model; "
+                    "use the model they were made with")
 
     def clip(self, index):
         """The embeddings of one of the M clips, as MotionEmbeddings with clips=1."""
@@ -878,12 +879,13 @@ def unet_settings(config):
     """config.json of a UNet3DConditionModel as a checked namespace."""
     c = read_config("UNet", config, dict(
         in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
-        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3, block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2, downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", norm_num_groups=32,
-        norm_eps=1e-5, cross_attention_dim=1024, attention_head_dim=64, num_attention_heads=None,
-        time_cond_proj_dim=None,
+        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
+        block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, downsample_padding=1,
+        mid_block_scale_factor=1, act_fn="silu", norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1024,
+        attention_head_dim=64, num_attention_heads=None, time_cond_proj_dim=None,
     ), implemented=dict(
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
         downsample_padding=(1,), mid_block_scale_factor=(1,), act_fn=("silu",), num_attention_heads=(None,),
         time_cond_proj_dim=(None,)))
     mirrored = [kind.replace("Up", "Down") for kind in reversed(c.up_block_types)]
@@ -1905,10 +1907,10 @@ def _caption(text, width, lines):
     return np.asarray(strip)
 
 
-def _enlarge(video, width):
-    """(F,h,w,3) uint8 enlarged by the whole number that brings it closest to `width`; never reduced."""
-    scale = max(1, round(width / video.shape[2]))
-    size = (scale * video.shape[2], scale * video.shape[1])
+def _rescale(video, width):
+    """(F,h,w,3) uint8 enlarged by a whole number to about `width` pixels, or reduced to that width."""
+    scale = round(width / video.shape[2]) or width / video.shape[2]
+    size = (round(scale * video.shape[2]), round(scale * video.shape[1]))
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in video])
 
 
@@ -1916,7 +1918,8 @@ def side_by_side(videos, labels):
     """(F,H,W,3) uint8: clips (F,h,w,3) of one size in a row under their labels, enlarged when tiny."""
     columns = []
     for video, label in zip(videos, labels, strict=True):
-        video = np.pad(_enlarge(video, 192), ((0, 0), (0, 0), (0, 6), (0, 0)), constant_values=255)
+        video = _rescale(video, max(192, video.shape[2]))  # a label can be read above 192 pixels
+        video = np.pad(video, ((0, 0), (0, 0), (0, 6), (0, 0)), constant_values=255)
         strip = _caption(label, video.shape[2], 3)
         columns.append(np.stack([np.concatenate([strip, frame]) for frame in video]))
     return np.concatenate(columns, axis=2)
@@ -1927,7 +1930,7 @@ def contact_sheet(rows):
     strips = []
     for label, video in rows:
         chosen = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
-        tiles = np.pad(_enlarge(video[chosen], 128), ((0, 0), (0, 6), (0, 6), (0, 0)), constant_values=255)
+        tiles = np.pad(_rescale(video[chosen], 192), ((0, 0), (0, 6), (0, 6), (0, 0)), constant_values=255)
         strip = np.concatenate(list(tiles), axis=1)
         strips += [_caption(label, strip.shape[1], 1), strip]
     width = max(strip.shape[1] for strip in strips)
@@ -1986,7 +1989,7 @@ HERE = Path(__file__).resolve().parent
 # What a model was trained for; options that are not given take these.
 MODEL_DEFAULTS = {
     "tiny":  dict(frames=16, size="64x64",   fps=10, steps=150, sample_steps=25, guidance=3.0),
-    "other": dict(frames=24, size="576x320", fps=8,  steps=350, sample_steps=30, guidance=12.0),  # the paper's
+    "other": dict(frames=24, size="576x320", fps=8,  steps=350, sample_steps=30, guidance=12.0),  # the paper
 }
 
 
@@ -2192,7 +2195,8 @@ def run(config):
     print(describe(config, sum(p.numel() for p in motion.parameters())))
     if config.dry_run:
         return
-    with atomic_write(out / "run.json") as temporary:    # fails now, not after the training, if out is no place
+    # If out is no place to write to, this fails now, and not after the training.
+    with atomic_write(out / "run.json") as temporary:
         if (out / "run.json").exists():
             shutil.copy(out / "run.json", temporary)
         else:

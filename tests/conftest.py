@@ -15,7 +15,8 @@ import torch  # noqa: E402
 
 import mini_mi  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))  # the networks here are small: more threads only wait
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))  # the networks here are small: more threads only wait
 
 # A four-level autoencoder (factor 8) and a two-level UNet with attention at both levels.
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 16, 32, 32],

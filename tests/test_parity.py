@@ -101,7 +101,7 @@ INNER = dict(down_block_types=["DownBlock3D", "CrossAttnDownBlock3D", "CrossAttn
 @pytest.mark.parametrize("levels, layers, head_dim, groups, batch, frames, grid", [
     (TWO, 1, 8, 8, 2, 5, (7, 5)), (TWO, 2, 16, 32, 1, 1, (9, 12)), (FOUR, 1, 8, 8, 3, 3, (9, 12)),
     (FOUR, 2, 16, 16, 2, 4, (8, 16)), (FOUR, 1, 16, 4, 1, 1, (7, 5)), (INNER, 2, 8, 8, 2, 6, (7, 5)),
-    (TWO, 1, 16, 16, 2, 16, (3, 1))])
+    (TWO, 1, 16, 16, 1, 24, (3, 1))])
 def test_unet_equals_diffusers(levels, layers, head_dim, groups, batch, frames, grid):
     """2 to 4 levels, grids that are no multiples of 8, one frame and many, a timestep for each sample."""
     torch.manual_seed(0)
@@ -113,11 +113,10 @@ def test_unet_equals_diffusers(levels, layers, head_dim, groups, batch, frames, 
     x, text = torch.randn(batch, 4, frames, *grid), torch.randn(batch, 7, 24)
     each = torch.tensor([3, 777, 500])[:batch]
     with torch.no_grad():
-        for t in (0, torch.tensor(981), each):
-            assert relative(ours(x, t, text), reference(x, t, text).sample) < CLOSE
-        # A batch is nothing but its samples.
-        alone = torch.cat([ours(x[i:i + 1], each[i], text[i:i + 1]) for i in range(batch)])
-        assert relative(ours(x, each, text), alone) < CLOSE
+        there = reference(x, each, text).sample
+        assert relative(ours(x, each, text), there) < CLOSE
+        # A batch is nothing but its samples, and a timestep may also be a plain number.
+        assert relative(ours(x[-1:], int(each[-1]), text[-1:]), there[-1:]) < CLOSE
 
 
 def test_unet_gradients_equal_diffusers():
@@ -125,7 +124,7 @@ def test_unet_gradients_equal_diffusers():
     torch.manual_seed(0)
     reference = randomise(diffusers.UNet3DConditionModel(**UNET).eval())
     ours = ours_like(mini_mi.UNet3DConditionModel, reference, dict(reference.config))
-    x, text, grads = torch.randn(2, 4, 4, 5, 6), torch.randn(2, 7, 32), []
+    x, text, grads = torch.randn(1, 4, 3, 3, 2), torch.randn(1, 7, 32), []
     for model in (ours, reference):
         y = x.clone().requires_grad_()
         out = model(y, 40, text)
@@ -149,8 +148,8 @@ def test_checkpointing_gives_the_same_gradients():
     """Recomputing layers in backward changes memory and time, not numbers."""
     torch.manual_seed(0)
     unet = randomise(mini_mi.UNet3DConditionModel(UNET)).eval().requires_grad_(False)
-    x, text, grads = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 7, 32), []
-    motion = randomise(mini_mi.MotionEmbeddings(UNET, 4, 4, 4)).train()
+    x, text, grads = torch.randn(1, 4, 3, 2, 2), torch.randn(1, 7, 32), []
+    motion = randomise(mini_mi.MotionEmbeddings(UNET, 3, 2, 2)).train()
     calls = []
     for block in unet.down_blocks:
         block.layer = lambda *args, inner=block.layer: calls.append(1) or inner(*args)
@@ -255,7 +254,7 @@ def test_a_pipeline_saved_by_diffusers_loads(tmp_path, tiny_random):
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_random / "tokenizer")
     text = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, vocab_size=len(tokenizer))))
     vae, unet = diffusers.AutoencoderKL(**VAE), diffusers.UNet3DConditionModel(**UNET)
-    pipe = diffusers.TextToVideoSDPipeline(randomise(vae), text.eval(), tokenizer, randomise(unet),
+    pipe = diffusers.TextToVideoSDPipeline(randomise(vae), text.eval(), tokenizer, randomise(unet).eval(),
                                            diffusers.DDIMScheduler(**SCHEDULER))
     pipe.save_pretrained(tmp_path / "saved")
     shutil.rmtree(tmp_path / "saved" / "tokenizer")  # transformers 5 writes tokenizer.json instead of vocab and merges
@@ -269,10 +268,8 @@ def test_a_pipeline_saved_by_diffusers_loads(tmp_path, tiny_random):
         assert relative(mini_mi.encode_prompt(models, prompts), states) < CLOSE
         assert relative(mini_mi.predict(models, x, 9, states), pipe.unet(x, 9, states).sample) < CLOSE
         z = torch.randn(1, 4, 3, 4, 4)
-        video = torch.stack([pipe.vae.decode(f / 0.18215).sample for f in z.transpose(1, 2)], 2)[:, :, 0]
-        ours = mini_mi.decode_video(models, z)
-        assert relative(ours[0].transpose(0, 1), pipe.vae.decode(z[0].transpose(0, 1) / 0.18215).sample.clamp(-1, 1)) \
-            < CLOSE, video.shape
+        frames = pipe.vae.decode(z[0].transpose(0, 1) / 0.18215).sample.clamp(-1, 1)
+        assert relative(mini_mi.decode_video(models, z)[0].transpose(0, 1), frames) < CLOSE
 
 
 @pytest.fixture

@@ -1,0 +1,124 @@
+"""The tokenizer against transformers' CLIPTokenizer, on text that is as odd as text can be."""
+
+import random
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, SPECIAL, train_bpe, write_tokenizer
+
+import mini_mi
+
+NASTY = [
+    "", " ", " \t\n\r\u00a0\u2003\u3000 ", "a", "!", "wow!!!", "wow !!! ! x!y", "a red star on a blue striped background",
+    "A Photo of TWO Cats, 4K; 100% sharp...", "it's they're i'd we've you'll i'm 'tis rock'n'roll 'S 'T",
+    "x" * 300, "the quick brown fox " * 60, "0123456789 3.14 1,000,000 x2y ²½ ٣ Ⅷ",
+    "🙂", "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag", "a🚀b 🚀🚀", "e\u0301 = é, n\u0303o, Z\u0351\u036b\u0343\u0346alg\u0319o",
+    "&amp; &lt;b&gt; &amp;amp; &amp;lt; &quot;q&quot; &#39;s &#x1F600; &eacute; &nosuch; &#0; AT&T", "日本語のテキスト、中文字符。 한국어",
+    "naïve façade — “quoted” ‘single’ … • ™ ½", "İstanbul ISI ıi ǅ", "Straße STRASSE ẞ ß", "ΟΔΟΣ ΣΑΣ Σ ς.Σ ΑΣ' aΣ",
+    "\x00\x01\x02a\x7fb\x1b[0m\x85\u200bzero\u200dwidth\ufeffbom\u2028line", "a\x1cb\x1dc\x1ed\x1fe", "mojibake: â€œquotesâ€\x9d Ã©tÃ©",
+    "ﬁ ligature ＦＵＬＬ width ﾊﾝｶｸ", "\u1e9b\u0323 \u212b \u2126 \u1100\u1161\u11a8", "a_b-c/d\\e @#$%^*()[]{}|~`<>",
+    "<|startoftext|>a cat<|endoftext|> b", "< |endoftext| > <|ENDOFTEXT|>", "العربية مع تشكيلٌ", "हिन्दी में पाठ", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀",
+    "\ud7ff\ue000\uffff \U0010ffff", "tab\tand\nnewline  double", "ſ'ſ 'ſ ʼn ΐ ΰ ŉ", "don't!!! can't!?!", "a" + "\u0301" * 40,
+]
+
+
+def random_strings(count):
+    """Characters of all planes, in words of all lengths."""
+    rng = random.Random(5)
+    ranges = [(32, 127)] * 4 + [(0, 0x250), (0x250, 0x2000), (0x2000, 0x3000), (0x3000, 0xd7ff), (0x1f000, 0x20000)]
+    for _ in range(count):
+        yield "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 60)))
+
+
+@pytest.fixture(scope="module", params=["<|endoftext|>", "!"])
+def folder(request, tmp_path_factory):
+    """A tokenizer with some hundred merges of English and of the strings above, padded as CLIP or as SD 2."""
+    text = (ROOT / "mini_mi.py").read_text(encoding="utf-8")[:40_000] + "!!! !! " * 50 + " ".join(NASTY) * 3
+    vocab, merges = train_bpe(text, 600)
+    assert ("!", "!") in merges or ("!", "!</w>") in merges  # or the pad token "!" would be no trap
+    path = tmp_path_factory.mktemp("tokenizer") / "folder"
+    write_tokenizer(path, vocab, merges, 77, dict(SPECIAL, pad_token=request.param))
+    return path
+
+
+def assert_equal_to_transformers(folder, texts, length):
+    """The reference gets the cleaned text: transformers itself does not clean as OpenAI does."""
+    ours, reference = mini_mi.CLIPTokenizer.from_pretrained(folder), transformers.CLIPTokenizer.from_pretrained(folder)
+    ids = ours(texts)
+    assert ids.dtype == torch.int64 and ids.shape == (len(texts), length)
+    cleaned = [ours.clean(text) for text in texts]
+    there = reference(cleaned, padding="max_length", truncation=True, max_length=length).input_ids
+    for text, a, b in zip(texts, ids.tolist(), there):
+        assert a == b, (text, reference.convert_ids_to_tokens(a), reference.convert_ids_to_tokens(b))
+    assert len({tuple(row) for row in ids.tolist()}) > len(texts) // 2
+
+
+def test_nasty_strings(folder):
+    """Emoji, combining marks, entities, control characters, case, special tokens inside the text."""
+    assert_equal_to_transformers(folder, NASTY, 77)
+
+
+def test_random_strings(folder):
+    """Whatever Unicode has."""
+    assert_equal_to_transformers(folder, list(random_strings(400)), 77)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "clip"])
+def test_embedded_tokenizers(name):
+    """The shipped vocabularies, with the length of the shipped text towers."""
+    folder = ROOT / "data" / "tiny" / name
+    length = mini_mi.CLIPTokenizer.from_pretrained(folder).length
+    assert length == 24
+    assert_equal_to_transformers(folder, [*NASTY, *random_strings(50)], length)
+
+
+def test_pad_token_is_cut_out_of_words(folder):
+    """With the pad token "!" every "!" is a token of its own; with another pad token they are merged."""
+    tokenizer = mini_mi.CLIPTokenizer.from_pretrained(folder)
+    bang, ids = tokenizer.vocab["!"], tokenizer(["wow!!!"])[0].tolist()
+    end = ids.index(tokenizer.eos)
+    if tokenizer.pad == bang:
+        assert ids[end - 3:end] == [bang] * 3 and set(ids[end + 1:]) == {bang}
+    else:
+        assert bang not in ids and set(ids[end:]) == {tokenizer.eos}
+
+
+def test_long_text_keeps_its_end_token(folder):
+    """Start, L - 2 tokens, end."""
+    tokenizer = mini_mi.CLIPTokenizer.from_pretrained(folder)
+    row = tokenizer(["a b c d e " * 40])[0].tolist()
+    assert row[0] == tokenizer.bos and row[-1] == tokenizer.eos and tokenizer.eos not in row[:-1]
+
+
+@pytest.mark.parametrize("text, cleaned", [
+    ("  A  Cat\n\tsat ", "a cat sat"), ("&amp;amp; &lt;b&gt;", "& <b>"), ("&amp;lt;", "<"), ("", ""), (" \u3000\t ", ""),
+    ("e\u0301", "é"), ("Ã©tÃ©", "été"), ("“x” ‘y’", "\"x\" 'y'"), ("ﬁn", "fin"), ("İ", "i\u0307"), ("Straße", "straße"),
+    ("ΟΔΟΣ", "οδος"), ("\u212b", "å"), ("\x1b[31mred\x1b[0m", "red"), ("ＦＵＬＬ", "full"), ("x&#0;y", "x\ufffdy")])
+def test_cleaning_by_hand(text, cleaned):
+    """ftfy, entities twice, spaces, lower case: what OpenAI's code does, worked out by hand."""
+    assert mini_mi.CLIPTokenizer.clean(text) == cleaned
+
+
+def test_special_tokens_may_be_described_by_dicts(folder, tmp_path):
+    """Older files describe a token: {"content": "!", "lstrip": false, ...}."""
+    vocab, merges = train_bpe("wow wow !!! ", 5)
+    described = {k: dict(content=v, lstrip=False, normalized=True) for k, v in SPECIAL.items()}
+    write_tokenizer(tmp_path / "t", vocab, merges, 9, {**described, "pad_token": "!"})
+    tokenizer = mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "t")
+    assert tokenizer.pad == vocab["!"] and tokenizer.eos == vocab["<|endoftext|>"]
+    assert tokenizer(["wow", ""]).shape == (2, 9)
+
+
+def test_damaged_folders_are_refused(folder, tmp_path):
+    """Each missing or wrong file is named."""
+    vocab, merges = train_bpe("wow", 1)
+    with pytest.raises(mini_mi.UserError, match="vocab.json"):
+        mini_mi.CLIPTokenizer.from_pretrained(tmp_path)
+    write_tokenizer(tmp_path / "t", vocab, merges, 9)
+    (tmp_path / "t" / "merges.txt").unlink()
+    with pytest.raises(mini_mi.UserError, match="merges.txt"):
+        mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "t")
+    write_tokenizer(tmp_path / "u", {"a": 0}, [], 9)
+    with pytest.raises(mini_mi.UserError, match="special tokens"):
+        mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "u")
