@@ -468,8 +468,10 @@ class Decoder(VAEHalf):
 class AutoencoderKL(nn.Module):
     """Pictures <-> latents, 2**(levels-1) times smaller in h and w. Source: diffusers' AutoencoderKL.
 
-    encode: (B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W); decode: z (B,C,H,W) ->
-    (B,3,h,w). The latents here are unscaled; the diffusion model sees them times `scaling_factor`.
+    encode: (B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W)
+    decode: z (B,C,H,W) -> (B,3,h,w)
+
+    The latents here are unscaled; the diffusion model sees them times `scaling_factor`.
     """
 
     def __init__(self, config):
@@ -501,6 +503,8 @@ class AutoencoderKL(nn.Module):
     def decode(self, z):
         """z (B,C,H,W), unscaled -> (B,3,h,w)"""
         return self.decoder(self.post_quant_conv(z))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # UNet parts that look at space: one frame at a time
 # x is (B*F, C, H, W), the frames of a clip next to each other.

@@ -314,8 +314,9 @@ def train_unet(stage, args):
         t = torch.randint(scheduler.T, (batch,), generator=generator)
         snr = scheduler.abar(t, x0) / (1 - scheduler.abar(t, x0))
         weight = snr.clamp(max=5) / (snr + 1)
-        out = unet(scheduler.add_noise(x0, noise, t), t.to(device), texts[label].to(device))
-        error = (out - scheduler.target(x0, noise, t)).square()
+        with torch.autocast(device.type, torch.bfloat16):
+            out = unet(scheduler.add_noise(x0, noise, t), t.to(device), texts[label].to(device))
+        error = (out.float() - scheduler.target(x0, noise, t)).square()
         return (weight * error).mean(), dict(mse=error.mean().item())
 
     @torch.no_grad()
