@@ -1,26 +1,26 @@
 """Which part of Motion Inversion does what? The two ablations that the paper never ran, measured.
 
-The method (mini_mi.py) learns the motion of one clip as two embeddings in temporal attention: MQK shapes the attention
-map between frames, MV adds a debiased, spatially varying value. The paper never removes one of them. Here each part is
-removed in two ways, trained without it (no-mqk, no-mv) and dropped after training (drop-mqk, drop-mv), and the results
-are compared with the full method on the same clips, prompts and start noise. Brackets say what the numbers can mean:
-no embeddings at all below, the reference through the autoencoder above.
+The method (mini_mi.py) learns the motion of one clip as two embeddings in temporal attention: MQK shapes the
+attention map between frames, MV adds a debiased value at every position. The paper never removes one of them.
+Here each part is removed in two ways, trained without it (no-mqk, no-mv) and dropped after training
+(drop-mqk, drop-mv), and compared with the full method on the same clips, prompts and start noise. Brackets
+say what the numbers can mean: no embeddings at all below, the reference through the autoencoder above.
 
     python eval_mi.py                  the default grid on the embedded model, about 40 minutes on two cores
     python eval_mi.py --quick          a small grid, 5 minutes
     python eval_mi.py --report         the report again, from the cells that are finished
     torchrun --nproc_per_node=8 eval_mi.py --model zeroscope --clips my_clips --frames 24 --size 576x320
 
-A run can be killed at any time and goes on where it stopped. It leaves results.json, results.md and report.html.
+A run can be killed at any time and goes on where it stopped. It leaves results.json, results.md, report.html.
 
-Order of this file: the judges (CLIP, Inception), metrics, statistics, variants, the grid of cells, running it, the
-tables, the figures, the report, the command line.
+Order of this file: the judges (CLIP, Inception), metrics, statistics, variants, the grid of cells, tables,
+figures, report, command line.
 
-Letters: B batch, F frames, h w pixels, H W latent grid, C channels, D feature width, L tokens, n m sample counts,
-K = F-1 steps of a track.
+Letters: B batch, F frames, h w pixels, H W latent grid, C channels, D feature width, L tokens, n m counts of
+samples or tracks, K = F-1 steps of a track.
 
-Checked against: transformers' CLIP and pytorch-fid's Inception network (to 1e-4), hand-worked cases for every metric,
-simulated coverage for every interval. See tests/.
+Checked against: transformers' CLIP and pytorch-fid's Inception network (to 1e-4), hand-worked cases for every
+metric, simulated coverage for every interval. See tests/.
 """
 
 import argparse
@@ -29,7 +29,6 @@ import csv
 import dataclasses
 import datetime
 import functools
-import glob
 import hashlib
 import html
 import io
@@ -37,6 +36,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 import mini_mi
 from data import world
+from mini_mi import option
 
 
 # ===========================================================================================================
@@ -94,7 +95,7 @@ class CLIPVisionTransformer(nn.Module):
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
 
     def forward(self, pixels):
-        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)            # (B, patches, D)
+        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)    # (B, patches, D)
         first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.embeddings.position_embedding.weight
         x = self.pre_layrnorm(x)
@@ -104,7 +105,7 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class CLIPModel(nn.Module):
-    """Pictures and texts as unit vectors in one space. `config` and keys are those of transformers' CLIPModel.
+    """Pictures and texts as unit vectors in one space; config and keys as in transformers' CLIPModel.
 
     Source: Radford et al., arXiv 2103.00020. The text tower and its layers are mini_mi's.
     """
@@ -129,8 +130,8 @@ class CLIPModel(nn.Module):
     def text_features(self, ids):
         """ids (B,L) -> (B,D) unit vectors, read at the end-of-text token"""
         states = self.text_model(ids)
-        # Files of 2021 and 2022 say eos_token_id = 2, which is wrong for their vocabulary; for these transformers
-        # takes the largest id, the end-of-text token. Later files name it, and its first place counts.
+        # Files of 2021 and 2022 say eos_token_id = 2, which is wrong for their vocabulary; for these,
+        # transformers takes the largest id, the end-of-text token. Later files name it: its first place.
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return F.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
 
@@ -140,7 +141,8 @@ def clip_folder(name):
     folder = Path(name)
     if folder.is_dir():
         return folder
-    for file in ("config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+    texts = "config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"
+    for file in texts:
         folder = mini_mi.fetch(str(name), file).parent
     try:
         mini_mi.fetch(str(name), "pytorch_model.bin")
@@ -152,8 +154,8 @@ def clip_folder(name):
 def load_clip(name, device="cpu"):
     """A CLIP folder in HF layout, or a hub repository -> (model, tokenizer, preprocess).
 
-    preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop, CLIP's
-    mean and std. It rounds to 8 bits after resizing, as CLIP's own preprocessing of PIL pictures does.
+    preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop,
+    CLIP's mean and std. It rounds to 8 bits after resizing, as CLIP's own code for PIL pictures does.
     """
     folder = clip_folder(name)
     model = mini_mi.load_module(CLIPModel, folder, "model", device, torch.float32)
@@ -250,8 +252,8 @@ def _mixed_7(c, pool):
 class InceptionV3(nn.Module):
     """The network of FID: x (B,3,h,w) in [0,1] -> pooled features (B,2048).
 
-    Weights: pt_inception-2015-12-05 (the TensorFlow network of the FID paper, ported by pytorch-fid), whose keys these
-    are. It differs from torchvision's: averages ignore padding, the last block pools by maximum, 1008 classes.
+    Weights: pt_inception-2015-12-05, the FID paper's TensorFlow network ported by pytorch-fid; its keys. Not
+    torchvision's: averages ignore padding, the last block pools by maximum, 1008 classes.
     """
 
     URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -265,12 +267,14 @@ class InceptionV3(nn.Module):
         self.Conv2d_3b_1x1 = InceptionConv(64, 80, 1)
         self.Conv2d_4a_3x3 = InceptionConv(80, 192, 3)                  # then a 3x3 max pool
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed_5(192, 32), _mixed_5(256, 64), _mixed_5(288, 64)
-        self.Mixed_6a = InceptionBlock({"branch3x3": (288, 384, 3, 2),
-                                        "branch3x3dbl": [(288, 64, 1), (64, 96, 3, 1, 1), (96, 96, 3, 2)]}, "max")
+        self.Mixed_6a = InceptionBlock({
+            "branch3x3": (288, 384, 3, 2),
+            "branch3x3dbl": [(288, 64, 1), (64, 96, 3, 1, 1), (96, 96, 3, 2)]}, "max")
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(_mixed_6, (128, 160, 160, 192))
-        self.Mixed_7a = InceptionBlock({"branch3x3": [(768, 192, 1), (192, 320, 3, 2)],
-                                        "branch7x7x3": [(768, 192, 1), (192, 192, (1, 7), 1, (0, 3)),
-                                                        (192, 192, (7, 1), 1, (3, 0)), (192, 192, 3, 2)]}, "max")
+        self.Mixed_7a = InceptionBlock({
+            "branch3x3": [(768, 192, 1), (192, 320, 3, 2)],
+            "branch7x7x3": [(768, 192, 1), (192, 192, (1, 7), 1, (0, 3)), (192, 192, (7, 1), 1, (3, 0)),
+                            (192, 192, 3, 2)]}, "max")
         self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, "avg"), _mixed_7(2048, "max")
         self.fc = nn.Linear(2048, 1008)                                 # in the file, not in the features
 
@@ -281,13 +285,13 @@ class InceptionV3(nn.Module):
             tensors = torch.hub.load_state_dict_from_url(cls.URL, map_location="cpu", check_hash=True,
                                                          weights_only=True)
         except (OSError, RuntimeError) as e:                       # no network; or another hash
-            raise mini_mi.UserError(f"cannot fetch {cls.URL} ({e}): check the network and run again") from None
+            raise mini_mi.UserError(f"cannot fetch {cls.URL} ({e}): check the network") from None
         model = cls()
         model.load_state_dict(tensors)
         return model.to(device).eval().requires_grad_(False)
 
     def forward(self, x):
-        # Sizes, and no antialiasing, are part of the definition: another resize gives another FID (arXiv 2104.11222).
+        # Part of the definition, no antialiasing included: another resize, another FID (arXiv 2104.11222).
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         for name, module in self.named_children():
             if name != "fc":
@@ -331,8 +335,9 @@ def temporal_consistency(frame_features):
 def appearance_leakage(frame_features, reference_features):
     """mean_{f,g} cos(E_I(result_f), E_I(reference_g)): how much does the result look like the reference?
 
-    frame_features (F,D), reference_features (G,D) -> float in [-1,1]. High where the prompt asks for another appearance
-    is bad; this is what debias is for. It also sees what should be shared (a common style), so compare it with `base`.
+    frame_features (F,D), reference_features (G,D) -> float in [-1,1]. High is bad where the prompt asks for
+    another appearance; this is what debias is for. All clips of one world are alike to some degree, so it
+    means something only beside `base`, which has no embeddings. Ours: the paper shows leakage in pictures.
     """
     return float((_unit(frame_features) @ _unit(reference_features).T).mean())
 
@@ -340,7 +345,7 @@ def appearance_leakage(frame_features, reference_features):
 def attribute_choices(frame_features, candidates):
     """Which of the candidate texts fits the clip best? The index of the largest mean cosine over frames.
 
-    frame_features (F,D), candidates (k,D) -> int. Zero-shot classification as in the CLIP paper (arXiv 2103.00020).
+    frame_features (F,D), candidates (k,D) -> int. Zero-shot classification as in CLIP (arXiv 2103.00020).
     """
     return int((_unit(frame_features) @ _unit(candidates).T).mean(0).argmax())
 
@@ -357,13 +362,13 @@ def _samples(x, y):
 
 
 def frechet_distance(x, y):
-    """FID: |mu1-mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), the distance of two Gaussians fitted to features.
+    """FID: |mu1-mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), for Gaussians fitted to two sets of features.
 
     x (n,d), y (m,d) -> float. Covariances with n-1, all in float64.
-    With centred X1, X2 (rows / sqrt(n-1)) the last trace is the sum of singular values of X1 X2^T. That is exact also
-    for n < d, where the usual matrix square root returns noise; and X = QR allows to use the small factor R in its place.
-    Biased upward for small n, by an amount that depends on the features: compare only at equal n, and print the distance
-    of real from real beside it. Blind to motion and to which prompt a frame belongs to.
+    With centred X1, X2 (divided by sqrt(n-1)) the last trace is the sum of the singular values of X1 X2^T:
+    exact also for n < d, where the usual matrix square root returns noise. With X = QR, Q drops out.
+    Biased upward for small n, by an amount that depends on the features: compare at equal n only, beside the
+    distance of real from real. Blind to motion, and to which prompt a frame belongs to.
     Source: Heusel et al., arXiv 1706.08500.
     """
     x, y = _samples(x, y)
@@ -391,7 +396,7 @@ def kernel_distance(x, y):
     return float(without_self(x) + without_self(y) - 2 * kernel(x, y).mean())
 
 
-# ------------------------------------------------------------------------------------------------------------- motion
+# ---------------------------------------------------------------------------------------------------- motion
 
 def track_points(video, grid, radius=4, iterations=4):
     """Follows a grid of points through a clip: pyramidal Lucas-Kanade, frame to frame.
@@ -450,7 +455,7 @@ def _lucas_kanade(first, second, points, radius, iterations):
     """points (B,n,2) on the first picture -> (B,n,2) on the second; both as `_pyramid` gives them."""
     axis = torch.arange(-radius, radius + 1, device=points.device, dtype=points.dtype)
     window = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)      # (W,2)
-    weight = torch.exp(-(window ** 2).sum(-1) / radius ** 2)                               # centre counts most
+    weight = torch.exp(-(window ** 2).sum(-1) / radius ** 2)             # the centre counts most
     # A little stiffness: where the window is flat, the point keeps the answer of the coarser level.
     stiffness = 1e-3 * weight.sum() * torch.eye(2, device=points.device)
     d = torch.zeros_like(points)
@@ -486,20 +491,20 @@ def motion_fidelity(tracks_a, tracks_b, mode="paper", still=0.5):
         MF = 1/2 [ 1/|T~| sum_{a in T~} max_{b in T} corr(a,b) + 1/|T| sum_{b in T} max_{a in T~} corr(a,b) ]
         corr(a,b) = 1/K sum_k cos(v_k(a), v_k(b)),      v_k the steps from frame to frame
 
-    tracks_a (n,F,2), tracks_b (m,F,2), in pixels, all visible throughout; still: pixels per frame -> float in [-1,1].
-    A track that moves less than `still` on average is left out: a still background would match any still background.
-    A step shorter than that has no direction: still in both counts 1, still in one 0. No moving track in either clip: 1,
-    in one of them: 0. Identical clips score exactly 1.
-    Blind to speed and to place; chance is far above 0, since the best of many tracks is taken: see the chance row.
-    mode "dmt" reproduces the code published with the formula, to compare with values that it gave: one direction (each
-    track of the result a against the reference b), all tracks, an identity subtracted from the matrix, NaN as soon as
-    one track rests for one step. It needs n = m.
+    tracks_a (n,F,2), tracks_b (m,F,2), in pixels, visible throughout; still: pixels per frame -> [-1,1].
+    A track that moves less than `still` on average is left out: still backgrounds would match each other.
+    A shorter step has no direction: still in both clips it counts 1, still in one 0. No moving track in
+    either clip: 1, in one of them: 0. Identical clips score exactly 1.
+    Blind to speed and to place; chance is far above 0, since the best of many tracks is taken: report it.
+    mode "dmt" reproduces the code published with the formula, to compare with its values: one direction (each
+    track of the result a against the reference b), all tracks, an identity subtracted from the matrix, NaN as
+    soon as a track rests for one step. It needs n = m.
     Source: Yatim et al., arXiv 2311.17009, Eq. 8; code: diffusion-motion-transfer, motion_fidelity_score.py.
     """
     if mode == "dmt":
         v, w = (torch.as_tensor(t).double().diff(dim=1) for t in (tracks_a, tracks_b))
         if len(v) != len(w):
-            raise ValueError(f"dmt mode subtracts an identity: both clips need as many tracks, not {len(v)}, {len(w)}")
+            raise ValueError(f"dmt mode needs equally many tracks in both clips, not {len(v)} and {len(w)}")
         v, w = v / v.norm(dim=-1, keepdim=True), w / w.norm(dim=-1, keepdim=True)
         matrix = torch.einsum("nkc,mkc->nm", v, w) / v.shape[1] - torch.eye(len(v), dtype=v.dtype)
         return float(matrix.max(dim=1).values.mean())
@@ -512,7 +517,8 @@ def motion_fidelity(tracks_a, tracks_b, mode="paper", still=0.5):
         return 0.0 if move_u.any() or move_w.any() else 1.0
     u, rest_u, w, rest_w = u[move_u], rest_u[move_u], w[move_w], rest_w[move_w]
     corr = (torch.einsum("nkc,mkc->nm", u, w) + rest_u @ rest_w.T) / u.shape[1]
-    return float((corr.max(1).values.mean() + corr.max(0).values.mean()).div(2).clamp(-1, 1))
+    # Rounded, so that errors of 1e-16 cannot make identical clips score anything but exactly 1.
+    return round(float(corr.max(1).values.mean() + corr.max(0).values.mean()) / 2, 12)
 
 
 def cotracker(video, grid):
@@ -520,7 +526,10 @@ def cotracker(video, grid):
 
     video (B,F,h,w,3) uint8 -> tracks (B,n,F,2), visible (B,n,F)
     """
-    model = torch.hub.load("facebookresearch/co-tracker", "cotracker3_offline", trust_repo=True)
+    try:
+        model = torch.hub.load("facebookresearch/co-tracker", "cotracker3_offline", trust_repo=True)
+    except OSError as e:
+        raise mini_mi.UserError(f"cannot fetch CoTracker ({e}): check the network, or take lk") from None
     model = model.to(video.device)
     with torch.no_grad():
         # One clip at a time: it takes (1,F,3,h,w) in 0..255 and gives (1,F,n,2), (1,F,n).
@@ -535,9 +544,9 @@ def cotracker(video, grid):
 def student_interval(values, confidence=0.95):
     """Mean and Student t interval of independent values (n,) -> (mean, low, high); n = 1: infinitely wide."""
     values = np.asarray(values, dtype=np.float64)
-    mean, half = values.mean(), math.inf
-    if len(values) > 1:
-        half = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    n, mean, half = len(values), values.mean(), math.inf
+    if n > 1:
+        half = scipy.stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)
     return float(mean), float(mean - half), float(mean + half)
 
 
@@ -562,11 +571,12 @@ def group_means(values, groups):
 
 
 def paired_difference(a, b, groups=None, seed=0):
-    """Is a larger than b, sample by sample? a (n,), b (n,), groups (n,) labels or None -> (mean, low, high, p) of a - b.
+    """Is a larger than b, in pairs? a (n,), b (n,), groups (n,) labels -> (mean, low, high, p) of a - b.
 
-    Mean and 95 % Student t interval of the means per group. p, two-sided: if a and b were the same method, every group's
-    difference could as well have the other sign; p is the share of sign patterns whose mean is at least as far from 0.
-    All 2^k patterns up to k = 12 groups, else 10 000 drawn ones (with the observed one counted, so p is never 0).
+    Mean and 95 % Student t interval of the means per group (None: every pair is a group). p, two-sided: if a
+    and b were one method, every group's difference could as well have the other sign; p is the share of sign
+    patterns whose mean is at least as far from 0. All 2^k patterns up to k = 12 groups, else 10 000 drawn
+    ones beside the observed one, so that p is never 0.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a) or not np.isfinite(a - b).all():
@@ -607,8 +617,9 @@ def detectable_difference(half_width, n, power=0.8):
 def jackknife(statistic, groups):
     """Interval of a statistic that is no mean, by leaving out one group at a time -> (value, low, high).
 
-    statistic: a function of a list of groups -> float. value = statistic of all, half width = t_(k-1) * sqrt((k-1)/k sum
-    (theta_-i - mean)^2). The bootstrap would draw duplicates, which shrinks covariances and biases FID.
+    statistic: a function of a list of k groups -> float. value = statistic of all,
+    half width = t_(k-1) sqrt((k-1)/k sum_i (theta_-i - mean)^2); k < 3: infinite.
+    The bootstrap would draw duplicates, which shrink covariances and bias FID.
     Source: Efron and Tibshirani 1993, chapter 11.
     """
     k, value = len(groups), statistic(groups)
@@ -620,7 +631,7 @@ def jackknife(statistic, groups):
 
 
 def clustered_share(wins, clusters, draws=10_000, seed=0):
-    """95 % interval of a share whose votes come in clusters: percentile bootstrap over whole clusters -> (low, high).
+    """95 % interval of a share, percentile bootstrap over whole clusters of votes -> (low, high).
 
     wins (n,) 0 or 1, clusters (n,) labels: the votes of one person are not independent.
     """
@@ -637,7 +648,10 @@ def clustered_share(wins, clusters, draws=10_000, seed=0):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of the table. train, use: settings of MotionEmbeddings while training and after; train None: none."""
+    """One row of the table.
+
+    train, use   settings of MotionEmbeddings in training, and changed after it; train None: no embeddings
+    """
     name: str
     hypothesis: str
     train: dict | None = dataclasses.field(default_factory=dict)
@@ -646,23 +660,18 @@ class Variant:
     own_prompt: bool = False        # the reference's caption in place of the target prompts
     sampled: bool = True            # False: no diffusion at all
 
-    @property
-    def trained_as(self):
-        """Variants of one name here share one training."""
-        return "untrained" if self.train is None else json.dumps(self.train, sort_keys=True)
-
 
 VARIANTS = {v.name: v for v in (
     Variant("full", "the method: 1D MQK, 2D MV, debias by differences"),
     # The two ablations that the paper never ran: the part is missing from the start.
-    Variant("no-mqk", "without MQK the order and timing of the motion suffer, since only MV is left to carry it",
+    Variant("no-mqk", "without MQK the order of the motion suffers, since only MV is left to carry it",
             train={"use_mqk": False}),
-    Variant("no-mv", "without MV the global course stays and local motion is lost; text similarity does not fall",
+    Variant("no-mv", "without MV the global course stays and local motion is lost; the text does not suffer",
             train={"use_mv": False}),
     # The same parts, taken away after training together: how much does the other one rely on its partner?
     Variant("drop-mqk", "MV was trained beside MQK: alone it should do worse than MV trained alone (no-mqk)",
             use={"use_mqk": False}),
-    Variant("drop-mv", "the authors' choice for camera motion: text similarity rises, fidelity of objects falls",
+    Variant("drop-mv", "the authors' choice for camera motion: text similarity rises, fidelity falls",
             use={"use_mv": False}),
     Variant("debias-none", "raw MV carries the reference's appearance: leakage rises, text similarity falls",
             use={"debias": "none"}),
@@ -672,60 +681,70 @@ VARIANTS = {v.name: v for v in (
     Variant("mv-1d", "MV without space cannot hold local motion: fidelity falls", train={"mv_dims": 1}),
     Variant("debias-in-training", "MV that is trained as it is used fits better than MV debiased afterwards",
             train={"debias_in_training": True}),
-    Variant("no-inversion", "from plain noise the embeddings alone must carry the motion: fidelity falls", prior=False),
+    Variant("no-inversion", "from plain noise the embeddings alone must carry the motion: fidelity falls",
+            prior=False),
     # Brackets: what is there without the method, and how far any method could get.
-    Variant("base", "no embeddings, the same start noise: what the inverted noise alone achieves", train=None),
-    Variant("base-no-inversion", "no embeddings, plain noise: what the model does unasked", train=None, prior=False),
-    Variant("reconstruct", "the reference's own prompt: the method without a conflict of appearance", own_prompt=True),
+    Variant("base", "no embeddings, the same start noise: what the inverted noise alone achieves",
+            train=None),
+    Variant("base-no-inversion", "no embeddings, plain noise: what the model does unasked",
+            train=None, prior=False),
+    Variant("reconstruct", "the reference's own prompt: the method without a conflict of appearance",
+            own_prompt=True),
     Variant("vae", "the reference through the autoencoder and back: the bound", train=None, own_prompt=True,
             sampled=False),
 )}
-ABLATIONS = ("no-mqk", "no-mv")                                         # the primary family, with the two metrics
-BRACKETS = ("base", "base-no-inversion", "reconstruct", "vae")
-DEFAULT_VARIANTS = ("full", *ABLATIONS, "drop-mqk", "drop-mv", "debias-none", *BRACKETS)
+ABLATIONS = ("no-mqk", "no-mv")
+DEFAULT_VARIANTS = ("full", *ABLATIONS, "drop-mqk", "drop-mv", "debias-none",
+                    "base", "base-no-inversion", "reconstruct", "vae")
 
 
 # ===========================================================================================================
 #   THE GRID: clips x prompts x seeds x variants, one file per finished cell
 # ===========================================================================================================
 
+STILL = 0.5                                          # pixels per frame below which a track counts as resting
+WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
+                    "background": world.BACKGROUNDS}
 # Part of every key. Raise it with any change of code after which a cell would hold something else.
 CELL_VERSION = 1
 
 
-def setting(default, text):
-    """A field of Settings with the help that the command line shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
+# What fits 40 minutes on two cores; other models run as the paper says.
+BUDGET = {"tiny": {**mini_mi.MODEL_DEFAULTS["tiny"], "steps": 100, "sample_steps": 12},
+          "other": mini_mi.MODEL_DEFAULTS["other"]}
 
 
 @dataclasses.dataclass
 class Settings:
     """Everything that a user can set; the command line is made from it."""
-    model: str = setting("data/tiny", "model folder, hub repository (owner/name) or zeroscope")
-    clip: str = setting("", "CLIP folder or repository; empty: MODEL/clip, else openai/clip-vit-base-patch32")
-    clips: str = setting("data/clips", "folder with clips.json (caption, motion, prompts) and the clips it names")
-    out: str = setting("out/eval", "folder for the cells and the report; a second run goes on there")
-    variants: str = setting(",".join(DEFAULT_VARIANTS), f"what to compare, of: {', '.join(VARIANTS)}")
-    clip_count: int = setting(10, "clips, from the top of clips.json")
-    prompt_count: int = setting(2, "target prompts per clip")
-    seed_count: int = setting(2, "sampling seeds per prompt")
-    steps: int = setting(100, "training steps per clip and trained variant")
-    lr: float = setting(0.02, "learning rate of the training")
-    sample_steps: int = setting(12, "sampling steps")
-    invert_steps: int = setting(25, "steps of the inversion that gives the start noise")
-    guidance: float = setting(6.0, "strength of the prompt while sampling")
-    noise_prior: float = setting(0.5, "share of the inverted reference in the start noise")
-    frames: int = setting(16, "frames per clip")
-    size: str = setting("64x64", "WIDTHxHEIGHT in pixels")
-    together: int = setting(5, "clips that share a training batch")
-    batch: int = setting(8, "clips that are sampled at once; less needs less memory")
-    tracker: str = setting("lk", "lk: the built-in Lucas-Kanade; cotracker: CoTracker 3, fetched by torch.hub")
-    grid: int = setting(16, "tracked points per side; the paper's CoTracker takes 55")
-    votes: str = setting("", "CSV file of User Preference votes")
-    device: str = setting("", "cpu, cuda ...; empty: cuda where there is one")
-    dtype: str = setting("float32", "number format of the UNet: float32, bfloat16 or float16")
-    quick: bool = setting(False, "a small grid: 3 clips, 1 prompt, 1 seed")
-    report: bool = setting(False, "only rebuild the report, from the cells that are finished")
+    model: str = option("tiny", "the embedded model (tiny), zeroscope, a hub repository or a model folder")
+    clip: str = option(None, "CLIP folder or repository (default: MODEL/clip, "
+                             "else openai/clip-vit-base-patch32)")
+    clips: str = option(None, "folder of clips with clips.json: NAME -> caption, motion, prompts "
+                              "(default: data/clips)")
+    out: str = option("out/eval", "folder for the cells and the report; a second run goes on there")
+    variants: str = option(",".join(DEFAULT_VARIANTS), f"what to compare with full: {', '.join(VARIANTS)}")
+    clip_count: int = option(10, "clips, from the top of clips.json")
+    prompt_count: int = option(2, "target prompts per clip")
+    seed_count: int = option(2, "sampling seeds per prompt")
+    steps: int = option(None, "training steps per clip and trained variant")
+    lr: float = option(0.02, "learning rate of the training")
+    sample_steps: int = option(None, "sampling steps")
+    invert_steps: int = option(25, "steps of the inversion that gives the start noise")
+    guidance: float = option(None, "strength of the prompt while sampling")
+    noise_prior: float = option(0.5, "share of the inverted reference in the start noise, 0 to 1")
+    frames: int = option(None, "frames per clip")
+    size: str = option(None, "WIDTHxHEIGHT in pixels")
+    together: int = option(5, "clips that share a training batch; a large model on one GPU: 1")
+    batch: int = option(4, "clips that are sampled at once: 4 suits a CPU, a GPU likes more")
+    tracker: str = option("lk", "lk: built-in Lucas-Kanade; cotracker: CoTracker 3, fetched by torch.hub",
+                          choices=("lk", "cotracker"))
+    grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55")
+    votes: str = option(None, "CSV file of User Preference votes")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("float32", "number format of the UNet", choices=("float32", "bfloat16", "float16"))
+    quick: bool = option(False, "a small grid: 3 clips, 1 prompt, 1 seed")
+    report: bool = option(False, "only rebuild the report, from the cells that are finished")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -758,48 +777,40 @@ def digest(*what):
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def fingerprint(folder):
-    """The SHA-256 of the names and contents of all files in a folder."""
+def fingerprint(*folders):
+    """The SHA-256 of the names and contents of all files in some folders."""
     total = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".")):
-        with open(path, "rb") as file:
-            total.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    for folder in folders:
+        for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
+            total.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    total.update(block)
     return total.hexdigest()
-
-
-def find(path):
-    """A folder as the user named it, or, for the defaults from elsewhere, beside this file."""
-    beside = Path(__file__).parent / path
-    return beside if not Path(path).exists() and beside.exists() else Path(path)
 
 
 def read_clips(settings):
     """The reference clips of `--clips`, as many as asked for, at the size and length asked for."""
-    folder = find(settings.clips)
-    index = mini_mi.read_json(folder / "clips.json")
-    size = parse_size(settings.size)
-    clips = []
+    file = Path(settings.clips or mini_mi.HERE / "data" / "clips") / "clips.json"
+    index = mini_mi.read_json(file)
+    size = re.fullmatch(r"(\d+)x(\d+)", settings.size)
+    if not size or any(int(side) % 8 or side == "0" for side in size.groups()):
+        raise mini_mi.UserError(f"--size {settings.size} is not WIDTHxHEIGHT in multiples of 8, as in 64x64")
     if len(index) < settings.clip_count:
-        raise mini_mi.UserError(f"{folder / 'clips.json'} names {len(index)} clips; lower --clip-count")
+        raise mini_mi.UserError(f"{file} names {len(index)} clips; lower --clip-count {settings.clip_count}")
+    clips = []
     for name, entry in list(index.items())[:settings.clip_count]:
-        files = sorted(p for p in folder.glob(f"{glob.escape(name)}*") if p.name == name or p.stem == name)
-        if not files:
-            raise mini_mi.UserError(f"{folder / 'clips.json'} names {name}, but there is no such clip beside it")
-        prompts = entry.get("prompts", ()) if isinstance(entry, dict) else ()
-        if len(prompts) < settings.prompt_count or not all(isinstance(p, str) for p in [*prompts, entry.get("caption")]):
-            raise mini_mi.UserError(f"{folder / 'clips.json'}: {name} needs a caption and {settings.prompt_count} "
-                                    "prompts; add some or lower --prompt-count")
-        frames = mini_mi.read_video(files[0], settings.frames, size)
-        clips.append(Clip(name, frames, entry["caption"], str(entry.get("motion", name)), tuple(prompts)))
+        entry = entry if isinstance(entry, dict) else {}
+        caption, prompts = entry.get("caption"), entry.get("prompts", [])
+        if not isinstance(caption, str) or len(prompts) < settings.prompt_count:
+            raise mini_mi.UserError(f"{file}: {name} needs a caption and {settings.prompt_count} prompts; "
+                                    "add them or lower --prompt-count")
+        paths = sorted(p for p in file.parent.iterdir() if name in (p.name, p.stem) and p != file)
+        if not paths:
+            raise mini_mi.UserError(f"{file} names {name}, but there is no such clip beside it")
+        frames = mini_mi.read_video(paths[0], settings.frames, tuple(map(int, size.groups())))
+        clips.append(Clip(name, frames, caption, str(entry.get("motion", name)), tuple(map(str, prompts))))
     return clips
-
-
-def parse_size(text):
-    """ "64x48" -> (64, 48)"""
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise mini_mi.UserError(f"--size {text} is not WIDTHxHEIGHT, as in 64x64")
-    return int(width), int(height)
 
 
 def plan(settings, clips):
@@ -831,7 +842,7 @@ class Store:
         return self.folder / f"{kind}-{key}.npz"
 
     def write(self, kind, key, about, arrays):
-        """about: JSON-able dict; arrays: name -> array. Atomic: a killed run leaves the old file or the new one."""
+        """about: JSON-able dict; arrays: name -> array. A killed run leaves the whole file or none."""
         with mini_mi.atomic_write(self.path(kind, key)) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, about=json.dumps({"key": key, **about}), **arrays)
 
@@ -841,17 +852,27 @@ class Store:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:              # zip files carry a checksum of each array
+            with np.load(path, allow_pickle=False) as file:          # a zip file: each array has a checksum
                 arrays = {name: file[name] for name in file.files}
             about = json.loads(str(arrays.pop("about")))
             if about["key"] != key:
                 raise ValueError("it belongs to another key")
             return about, arrays
-        except Exception as e:                                           # a damaged zip file raises a dozen types
+        except Exception as e:                                       # a damaged zip file raises a dozen types
             aside = path.with_suffix(".corrupt")
             os.replace(path, aside)
-            tqdm.write(f"warning: {path.name} is damaged ({e}); set aside as {aside.name}, to be computed again",
-                       file=sys.stderr)
+            tqdm.write(f"warning: {path.name} is damaged ({e}): set aside as {aside.name}", file=sys.stderr)
+
+
+def pick_device(name):
+    """The torch.device of `--device`; under torchrun every process of a machine takes a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise mini_mi.UserError("--device cuda: no CUDA device is found here; use --device cpu")
+    return torch.device(name)
 
 
 class Lab:
@@ -862,17 +883,18 @@ class Lab:
 
     def __init__(self, settings):
         self.settings = settings
-        self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(settings.device)
         self.clips = read_clips(settings)
         self.cells = plan(settings, self.clips)
-        self.model_folder = mini_mi.model_folder(str(find(settings.model)))
-        own_clip = self.model_folder / "clip"
-        self.clip_name = settings.clip or (own_clip if own_clip.is_dir() else "openai/clip-vit-base-patch32")
-        # A model of the tiny world brings its own judge; the Inception network has never seen that world.
-        self.in_world = Path(self.clip_name) == own_clip
+        self.model_folder = mini_mi.local_folder(settings.model) or mini_mi.fetch_model(settings.model)
+        own = self.model_folder / "clip"
+        self.clip_name = settings.clip or str(own if own.is_dir() else "openai/clip-vit-base-patch32")
+        # The model of the tiny world brings its own judge; the Inception network has never seen that world.
+        self.in_world = self.clip_name == str(own)
         self.store = Store(Path(settings.out) / "cells")
         s = settings
-        self.base_key = [CELL_VERSION, fingerprint(self.model_folder), s.frames, s.size, s.dtype, self.device.type]
+        parts = [self.model_folder / part for part in "unet vae text_encoder tokenizer scheduler".split()]
+        self.base_key = [CELL_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, self.device.type]
 
     @functools.cached_property
     def models(self):
@@ -882,7 +904,7 @@ class Lab:
     @functools.cached_property
     def judge(self):
         """(CLIP, its tokenizer, its preprocess)"""
-        return load_clip(str(self.clip_name), self.device)
+        return load_clip(self.clip_name, self.device)
 
     @functools.cached_property
     def inception(self):
@@ -892,7 +914,9 @@ class Lab:
     @functools.cached_property
     def judge_key(self):
         """What the scores of a clip depend on, beside the clip."""
-        return [fingerprint(clip_folder(self.clip_name)), self.in_world, self.settings.tracker, self.settings.grid]
+        s = self.settings
+        clip = fingerprint(clip_folder(self.clip_name))
+        return [CELL_VERSION, clip, self.in_world, s.tracker, s.grid, STILL]
 
     # ---- keys: everything that determines a file, and nothing else
 
@@ -914,9 +938,10 @@ class Lab:
         s, v = self.settings, cell.variant
         if not v.sampled:
             return digest(self.base_key, self.clip_key(cell.clip), v.name)
-        return digest(self.base_key, cell.prompt, self.noise_key(cell.clip) if v.prior else None, s.noise_prior,
-                      self.motion_key(cell.clip, v, cell.train_seed) if v.train is not None else None, v.use,
-                      cell.clip.name, cell.place, cell.seed, s.sample_steps, s.guidance)
+        noise = [self.noise_key(cell.clip), s.noise_prior] if v.prior else None
+        motion = None if v.train is None else [self.motion_key(cell.clip, v, cell.train_seed), v.use]
+        return digest(self.base_key, cell.prompt, cell.clip.name, cell.place, cell.seed, noise, motion,
+                      s.sample_steps, s.guidance)
 
     def score_key(self, cell):
         """Key of the scores of a cell."""
@@ -931,7 +956,8 @@ class Lab:
             video = torch.cat([mini_mi.to_model_range(c.frames) for c in clips])
             latents = mini_mi.encode_video(self.models, video)
             empty = mini_mi.encode_prompt(self.models, [""] * len(clips))
-            noise = mini_mi.ddim_invert(self.models, latents, empty, self.settings.invert_steps, progress=False)
+            steps = self.settings.invert_steps
+            noise = mini_mi.ddim_invert(self.models, latents, empty, steps, progress=False)
             for clip, z, n in zip(clips, latents, noise):
                 self.store.write("noise", self.noise_key(clip), {"clip": clip.name},
                                  {"latents": z.float().cpu().numpy(), "noise": n.float().cpu().numpy()})
@@ -949,31 +975,32 @@ class Lab:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             began = time.perf_counter()
+            state = self.store.folder / f"training-{digest(keys)}.pt"
             motion = mini_mi.train_motion(self.models, latents, text, steps=s.steps, lr=s.lr, seed=train_seed,
-                                          progress=False, **variant.train)
-            seconds = (time.perf_counter() - began) / len(clips)
-            cost = {"train_seconds": seconds, "memory": self.peak_memory(),
+                                          state=state, progress=False, **variant.train)
+            cost = {"train_seconds": (time.perf_counter() - began) / len(clips), "memory": self.peak_memory(),
                     "parameters": sum(p.numel() for p in motion.parameters()) // len(clips)}
             for i, (clip, key) in enumerate(zip(clips, keys)):
-                state = {k: v.cpu().numpy() for k, v in motion.clip(i).state_dict().items()}
-                self.store.write("motion", key, {"clip": clip.name, "cost": cost}, state)
+                arrays = {k: v.cpu().numpy() for k, v in motion.clip(i).state_dict().items()}
+                self.store.write("motion", key, {"clip": clip.name, "cost": cost}, arrays)
+            state.unlink(missing_ok=True)
             kept = [self.store.read("motion", key) for key in keys]
         return [(self.motion(arrays, variant, latents.shape), about["cost"]) for about, arrays in kept]
 
     def motion(self, state, variant, shape):
         """MotionEmbeddings from a stored state; shape: of latents (..., F, H, W)."""
-        motion = mini_mi.MotionEmbeddings(self.models.unet.config, *shape[-3:], **variant.train).to(self.device)
+        motion = mini_mi.MotionEmbeddings(self.models.unet.config, *shape[-3:], **variant.train)
         motion.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
         for name, value in variant.use.items():
             setattr(motion, name, value)
-        return motion.eval()
+        return motion.to(self.device).eval()
 
     def generate(self, cells, motion, latents, inverted):
-        """cells of one clip and one variant, motion or None -> videos (B,F,h,w,3) uint8 as a list, seconds each."""
+        """cells of one clip and variant, motion or None -> list of videos (F,h,w,3) uint8, seconds each."""
         s, variant = self.settings, cells[0].variant
         began = time.perf_counter()
         if variant.sampled:
-            # Every variant of one (clip, prompt, seed) starts from the same fresh noise: the comparison is paired.
+            # All variants of one (clip, prompt, seed) start from the same fresh noise: they can be paired.
             seeds = [int(digest(c.clip.name, c.place, c.seed)[:12], 16) for c in cells]
             noise = torch.stack([torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
                                  for seed in seeds]).to(self.device)
@@ -985,25 +1012,27 @@ class Lab:
                                      progress=False)
         else:
             latents = latents[None]
+        if not latents.isfinite().all():
+            raise mini_mi.UserError("a sampled clip is not finite: use --dtype float32 or lower --guidance")
         videos = [mini_mi.to_uint8(video) for video in mini_mi.decode_video(self.models, latents)]
         return videos, (time.perf_counter() - began) / len(cells)
 
     def look(self, videos):
-        """videos (B,F,h,w,3) uint8 -> per clip: CLIP features (F,D), FID features (F,d), moving-or-not tracks (n,F,2).
+        """videos, B of (F,h,w,3) uint8 -> per clip features (F,D), fid_features (F or F/4,d), tracks (n,F,2).
 
         Only tracks that are visible in every frame are kept.
         """
         clip, _, preprocess = self.judge
-        track = track_points if self.settings.tracker == "lk" else cotracker
-        results = []
+        find_tracks = track_points if self.settings.tracker == "lk" else cotracker
         pixels = torch.from_numpy(np.stack(videos)).to(self.device)
-        tracks, visible = track(pixels, self.settings.grid)
+        results = []
         with torch.no_grad():
-            for video, track, seen in zip(pixels, tracks, visible):
-                features = clip.image_features(preprocess(video))
-                for_fid = features if self.in_world else self.inception(video.permute(0, 3, 1, 2).float() / 255)
+            for video, tracks, visible in zip(pixels, *find_tracks(pixels, self.settings.grid)):
+                features = for_fid = clip.image_features(preprocess(video))
+                if not self.in_world:                        # neighbours cost much and add little
+                    for_fid = self.inception(video[::4].permute(0, 3, 1, 2).float() / 255)
                 results.append({"features": features.cpu().numpy(), "fid_features": for_fid.cpu().numpy(),
-                                "tracks": track[seen.all(1)].numpy()})
+                                "tracks": tracks[visible.all(1)].numpy()})
         return results
 
     def reference(self, clip):
@@ -1028,10 +1057,20 @@ class Lab:
                       "leakage": appearance_leakage(features, reference["features"])}
             if self.in_world:
                 scores.update(self.attributes(cell.prompt, features))
-            self.store.write("score", self.score_key(cell), {
-                "variant": cell.variant.name, "clip": cell.clip.name, "prompt": cell.prompt, "place": cell.place,
-                "seed": cell.seed, "train_seed": cell.train_seed, "video": self.video_key(cell), "scores": scores,
-                "moving_tracks": moving, "tracks": len(tracks), "cost": cost}, arrays)
+            about = {"variant": cell.variant.name, "clip": cell.clip.name, "prompt": cell.prompt,
+                     "place": cell.place, "seed": cell.seed, "train_seed": cell.train_seed, "scores": scores,
+                     "moving_tracks": moving, "tracks": len(tracks), "cost": cost}
+            self.store.write("score", self.score_key(cell), about, arrays)
+
+    @functools.cache
+    def real_features(self, cell, which):
+        """CLIP features (F,D) of a rendered clip of the cell's prompt and a random motion; which: 0 or 1."""
+        scene = world.scene(int(digest("real", cell.clip.name, cell.place, cell.seed, which)[:8], 16),
+                            tuple(world.MOTIONS), cell.prompt)
+        frames = world.render(scene, self.settings.frames, cell.clip.frames.shape[1])
+        clip, _, preprocess = self.judge
+        with torch.no_grad():
+            return clip.image_features(preprocess(frames)).cpu().numpy()
 
     @functools.cache
     def text_features(self, text):
@@ -1054,15 +1093,10 @@ class Lab:
         return {**right, "attributes": float(np.mean(list(right.values())))}
 
     def peak_memory(self):
-        """MiB: on a GPU the most that was allocated since the reset, on the CPU the most of the process so far."""
+        """MiB: on a GPU the most allocated since the reset, on the CPU the most of the process so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-STILL = 0.5                                          # pixels per frame below which a track counts as resting
-WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
-                    "background": world.BACKGROUNDS}
 
 
 @dataclasses.dataclass
@@ -1091,15 +1125,16 @@ def cell_cost(cell, settings):
 
 
 def units(settings, cells):
-    """Cuts the plan into units. They depend neither on what is finished nor on the number of ranks: a clip always
-    trains with the same companions, so that interrupted and shared runs give the same numbers."""
+    """Cuts the plan into units, which depend neither on what is finished nor on the number of ranks: a clip
+    always trains with the same companions, so that interrupted and shared runs give the same numbers."""
     names = list(dict.fromkeys(c.clip.name for c in cells))
     chunk = {name: i // settings.together for i, name in enumerate(names)}
     found = {}
     for cell in cells:
-        found.setdefault((cell.variant.trained_as, cell.train_seed, chunk[cell.clip.name]), []).append(cell)
-    return [Unit(trained_as != "untrained", seed, list({c.clip.name: c.clip for c in members}.values()), members)
-            for (trained_as, seed, _), members in found.items()]
+        training = json.dumps(cell.variant.train)                # variants that are trained alike share one
+        found.setdefault((training, cell.train_seed, chunk[cell.clip.name]), []).append(cell)
+    return [Unit(cells[0].variant.train is not None, seed, list(dict.fromkeys(c.clip for c in cells)), cells)
+            for (_, seed, _), cells in found.items()]
 
 
 def share(work, settings, ranks):
@@ -1113,13 +1148,14 @@ def share(work, settings, ranks):
 
 
 def run_units(lab, work, show):
-    """Computes what is missing in these units; every finished step leaves a file -> number of cells computed."""
+    """Computes what is missing in these units; every step leaves a file -> number of cells computed."""
     s, store = lab.settings, lab.store
     missing = [[c for c in unit.cells if store.read("score", lab.score_key(c)) is None] for unit in work]
     total = sum(unit.training_cost(s) * bool(cells) + sum(cell_cost(c, s) for c in cells)
                 for unit, cells in zip(work, missing))
     # The bar counts forward passes, since cells differ in cost by a factor of ten.
-    bar = tqdm(total=total, disable=not show, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    bar = tqdm(total=total, disable=not show, smoothing=0,
+               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
     done = 0
     for unit, cells in zip(work, missing):
         same = {}                                               # cells of one variant and clip share batches
@@ -1153,204 +1189,194 @@ def run_cells(lab, unit, cells):
         lab.score(batch, [arrays["frames"] for _, arrays in kept], [about for about, _ in kept])
 
 
-# =============================================================================================================
-#   TABLES: from finished cells to numbers with intervals, and to sentences
-# =============================================================================================================
+# ===========================================================================================================
+#   RESULTS: from finished cells to numbers with intervals, and to sentences
+# ===========================================================================================================
 
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """How a metric is named and written, and which way is better."""
-    title: str
-    up: bool
-    digits: int = 3
+METRICS = {"text_similarity": "Text Similarity ↑", "motion_fidelity": "Motion Fidelity ↑",
+           "temporal_consistency": "Temporal Consistency ↑", "leakage": "Appearance leakage ↓",
+           "attributes": "Attributes shown ↑"}
+PRIMARY = ("motion_fidelity", "text_similarity")        # with ABLATIONS four tests, fixed before any result
 
 
-METRICS = {"text_similarity": Metric("Text Similarity", True), "motion_fidelity": Metric("Motion Fidelity", True),
-           "temporal_consistency": Metric("Temporal Consistency", True),
-           "leakage": Metric("Appearance leakage", False), "attributes": Metric("Attributes shown", True)}
-PRIMARY = ("motion_fidelity", "text_similarity")                # fixed before any result was seen: 2 x 2 tests
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """A finished cell: what `Lab.score` wrote."""
+    """A finished cell: what `Lab.score` wrote about it."""
     cell: Cell
     about: dict
     arrays: dict
 
+    @property
+    def key(self):
+        """What is equal in two variants of one sample."""
+        return self.cell.clip.name, self.cell.place, self.cell.seed
+
 
 def collect(lab):
     """All results of the finished cells of the plan, as a JSON-able dict, ready for the report."""
-    samples = []
-    for cell in lab.cells:
-        kept = lab.store.read("score", lab.score_key(cell))
-        if kept:
-            samples.append(Sample(cell, *kept))
+    finished = [(cell, lab.store.read("score", lab.score_key(cell))) for cell in lab.cells]
+    samples = [Sample(cell, *kept) for cell, kept in finished if kept]
     by_name = {}
     for s in samples:
         if s.cell.train_seed == 0:
             by_name.setdefault(s.cell.variant.name, []).append(s)
-    if "full" not in by_name:
-        raise mini_mi.UserError(f"no finished cell of `full` in {lab.store.folder}: run without --report first")
+    full = by_name.get("full")
+    if not full:
+        raise mini_mi.UserError(f"{lab.store.folder} has no finished cell of this grid: leave --report out")
     votes = preference(read_votes(lab.settings.votes), by_name) if lab.settings.votes else {}
-    real = RealFeatures(lab)
-    rows = [row(real, name, members, votes.get(name)) for name, members in by_name.items()]
-    comparisons = [compare(real, name, members, by_name["full"]) for name, members in by_name.items()
-                   if name != "full" and not VARIANTS[name].own_prompt]
+    distances = {name: FrechetToReal(lab, members) for name, members in by_name.items()}
+    comparisons = [compare(name, members, full, distances[name], distances["full"])
+                   for name, members in by_name.items() if name != "full" and not VARIANTS[name].own_prompt]
     family = [c["metrics"][m] for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
     for test, adjusted in zip(family, holm([test["p"] for test in family])):
         test["p_holm"] = adjusted
     return {
         "settings": dataclasses.asdict(lab.settings), "finished": len(samples), "planned": len(lab.cells),
-        "judges": {"clip": "the tiny CLIP" if lab.in_world else str(lab.clip_name),
+        "judges": {"clip": "the tiny CLIP" if lab.in_world else lab.clip_name,
                    "frechet": "tiny-CLIP" if lab.in_world else "Inception",
                    "tracker": f"{lab.settings.tracker}, {lab.settings.grid} x {lab.settings.grid} points",
-                   "reference_set": "frames rendered with the target prompts" if lab.in_world else
-                                    "frames of the reference clips, which show other content"},
-        "rows": rows, "chance": chance(lab, by_name["full"]), "comparisons": comparisons,
-        "sentences": [sentence(c, rows[0]["clips"]) for c in comparisons],
-        "training_spread": training_spread(samples),
+                   "real": "rendered clips of the same prompts" if lab.in_world else
+                           "the reference clips, whose content is not what the prompts ask for"},
+        "rows": [row(name, members, distances[name], votes.get(name)) for name, members in by_name.items()],
+        "comparisons": comparisons, "sentences": [sentence(c) for c in comparisons],
+        "chance": chance(lab, full), "training_spread": training_spread(samples),
         "cells": [s.about for s in samples]}
 
 
-def row(real, name, members, vote):
-    """One line of the table: mean and interval of every metric over clips, Frechet distance, cost."""
+def row(name, members, distance, vote):
+    """One line of the table: mean and interval of every metric, Frechet distance, votes, tracks, cost."""
     clips = [s.cell.clip.name for s in members]
-    metrics = {m: student_interval(group_means([s.about["scores"][m] for s in members], clips))
-               for m in METRICS if m in members[0].about["scores"]}
-    groups = list(dict.fromkeys(clips))
-    fake, true, other = ({g: np.concatenate([f(s) for s in members if s.cell.clip.name == g]) for g in groups}
-                         for f in (lambda s: s.arrays["fid_features"], real, real.second))
-
-    def pool(features, names):
-        return np.concatenate([features[g] for g in names])
-
-    costs = [s.about["cost"] for s in members]
-    average = {key: float(np.mean([c[key] for c in costs])) for key in costs[0]}
-    return {"name": name, "hypothesis": VARIANTS[name].hypothesis, "n": len(members), "clips": len(groups),
-            "frames": len(pool(fake, groups)), "metrics": metrics,
-            "frechet": jackknife(lambda names: frechet_distance(pool(fake, names), pool(true, names)), groups),
-            "frechet_floor": frechet_distance(pool(true, groups), pool(other, groups)),
-            "kid": kernel_distance(pool(fake, groups), pool(true, groups)), "preference": vote,
-            "moving_tracks": float(np.mean([s.about["moving_tracks"] for s in members])),
-            "moving_share": float(np.mean([s.about["moving_tracks"] / max(1, s.about["tracks"]) for s in members])),
-            "cost": average}
+    about = [s.about for s in members]
+    return {"name": name, "hypothesis": VARIANTS[name].hypothesis,
+            "n": len(members), "clips": len(set(clips)),
+            "metrics": {m: student_interval(group_means([a["scores"][m] for a in about], clips))
+                        for m in METRICS if m in about[0]["scores"]},
+            "frechet": jackknife(distance, distance.groups), "frechet_floor": distance.floor(),
+            "kid": kernel_distance(*distance.pooled(distance.groups)), "frames": distance.frames,
+            "preference": vote, "moving_tracks": float(np.mean([a["moving_tracks"] for a in about])),
+            "moving_share": float(np.mean([a["moving_tracks"] / max(1, a["tracks"]) for a in about])),
+            "cost": {key: float(np.mean([a["cost"][key] for a in about])) for key in about[0]["cost"]}}
 
 
-class RealFeatures:
-    """The reference set of the Frechet distance: for every sample a real clip of the same content and length.
+class FrechetToReal:
+    """The Frechet distance of one variant's samples, or of those of some clips, from a real set.
 
-    In the tiny world that is a rendered clip with the sample's own prompt and a random motion; `second` gives
-    another one, for the distance of real from real. Elsewhere it is the reference clip, whose content differs
-    from what the prompts ask for (as in the paper), and `second` is the reference clip of the next sample.
+    In the tiny world the real set matches the content: for every sample a rendered clip of the same prompt
+    with a random motion; a second such set gives the floor, real from real at equal n. Elsewhere the real set
+    is the reference clips, and the floor their one half from the other.
     """
 
-    def __init__(self, lab):
-        self.lab, self.kept = lab, {}
+    def __init__(self, lab, members):
+        self.lab, self.members = lab, members
+        self.groups = list(dict.fromkeys(s.cell.clip.name for s in members))
+        self.fake = {g: np.concatenate([s.arrays["fid_features"] for s in self.of(g)]) for g in self.groups}
+        self.real = self._real_set(0)
+        self.frames = sum(map(len, self.fake.values()))
+        self.known = {}
 
-    def __call__(self, sample, which=0):
-        lab, cell = self.lab, sample.cell
+    def of(self, group):
+        """The samples of one clip."""
+        return [s for s in self.members if s.cell.clip.name == group]
+
+    def _real_set(self, which):
+        lab = self.lab
         if not lab.in_world:
-            clips = lab.clips
-            return lab.reference(clips[(clips.index(cell.clip) + which) % len(clips)])["fid_features"]
-        key = cell.clip.name, cell.place, cell.seed, which
-        if key not in self.kept:
-            scene = world.scene(int(digest(key)[:8], 16), tuple(world.MOTIONS), cell.prompt)
-            frames = world.render(scene, lab.settings.frames, cell.clip.frames.shape[1])
-            clip, _, preprocess = lab.judge
-            with torch.no_grad():
-                self.kept[key] = clip.image_features(preprocess(frames)).cpu().numpy()
-        return self.kept[key]
+            return {c.name: lab.reference(c)["fid_features"] for c in lab.clips if c.name in self.groups}
+        return {g: np.concatenate([lab.real_features(s.cell, which) for s in self.of(g)])
+                for g in self.groups}
 
-    def second(self, sample):
-        """Another real clip for the same sample."""
-        return self(sample, which=1)
+    def pooled(self, groups):
+        """Features of these clips: fake (n,d), real (m,d)."""
+        return tuple(np.concatenate([side[g] for g in groups]) for side in (self.fake, self.real))
+
+    def __call__(self, groups):
+        groups = tuple(groups)
+        if groups not in self.known:
+            self.known[groups] = frechet_distance(*self.pooled(groups))
+        return self.known[groups]
+
+    def floor(self):
+        """Real from real, or None where there are too few clips to say."""
+        if self.lab.in_world:
+            other = self._real_set(1)
+            return frechet_distance(*(np.concatenate(list(side.values())) for side in (self.real, other)))
+        halves = self.groups[::2], self.groups[1::2]
+        return frechet_distance(*(self.pooled(half)[1] for half in halves)) if halves[1] else None
 
 
-def compare(real, name, members, full):
+def compare(name, members, full, distance, full_distance):
     """A variant against the full method: the same clip, prompt and seed, clips as independent units."""
-    partner = {(s.cell.clip.name, s.cell.place, s.cell.seed): s for s in full}
-    pairs = [(s, partner[key]) for s in members
-             if (key := (s.cell.clip.name, s.cell.place, s.cell.seed)) in partner]
+    partner = {s.key: s for s in full}
+    pairs = [(s, partner[s.key]) for s in members if s.key in partner]
     clips = [s.cell.clip.name for s, _ in pairs]
-    groups = list(dict.fromkeys(clips))
     metrics = {}
-    for m in METRICS:
-        if m in members[0].about["scores"] and pairs:
-            a, b = zip(*[(s.about["scores"][m], f.about["scores"][m]) for s, f in pairs])
-            mean, low, high, p = paired_difference(a, b, clips)
-            metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
-                          "detectable": detectable_difference(high - mean, len(groups)),
-                          "primary": name in ABLATIONS and m in PRIMARY}
-
-    def difference(names):
-        chosen = [(s, f) for s, f in pairs if s.cell.clip.name in names]
-        true = np.concatenate([real(s) for s, _ in chosen])
-        return np.subtract(*(frechet_distance(np.concatenate([v.arrays["fid_features"] for v in side]), true)
-                             for side in zip(*chosen)))
-
-    return {"name": name, "pairs": len(pairs), "clips": len(groups), "metrics": metrics,
-            "frechet": jackknife(lambda names: float(difference(names)), groups) if pairs else None}
+    for m in [m for m in METRICS if m in members[0].about["scores"] and pairs]:
+        a, b = zip(*[(s.about["scores"][m], f.about["scores"][m]) for s, f in pairs])
+        mean, low, high, p = paired_difference(a, b, clips)
+        metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
+                      "detectable": detectable_difference(high - mean, len(set(clips)))}
+    same = len(pairs) == len(members) == len(full)                   # else the two distances differ in n
+    frechet = jackknife(lambda g: distance(g) - full_distance(g), distance.groups) if same else None
+    return {"name": name, "pairs": len(pairs), "clips": len(set(clips)), "metrics": metrics,
+            "frechet": frechet}
 
 
 def chance(lab, full):
     """Motion fidelity of results against reference clips of other motions: what no likeness at all scores."""
-    first = [s for s in full if s.cell.place == 0 and s.cell.seed == 0]
-    scores = [[motion_fidelity(s.arrays["tracks"], lab.reference(c)["tracks"], still=STILL)
-               for c in lab.clips if c.motion != s.cell.clip.motion] for s in first]
-    means = [np.mean(values) for values in scores if values]
+    means = []
+    for s in [s for s in full if s.cell.place == 0 and s.cell.seed == 0]:
+        others = [lab.reference(c)["tracks"] for c in lab.clips if c.motion != s.cell.clip.motion]
+        if others:
+            means.append(np.mean([motion_fidelity(s.arrays["tracks"], t, still=STILL) for t in others]))
     return student_interval(means) if means else None
 
 
 def training_spread(samples):
-    """Standard deviations of the primary metrics between training seeds and between sampling seeds of `full`."""
+    """Standard deviation of the primary metrics of `full` between training and between sampling seeds."""
     full = [s for s in samples if s.cell.variant.name == "full"]
-    again = {s.cell.clip.name for s in full if s.cell.train_seed}
+    twice = {s.cell.clip.name for s in full if s.cell.train_seed}
     found = {}
-    for m in PRIMARY:
-        value = {(s.cell.clip.name, s.cell.place, s.cell.seed, s.cell.train_seed): s.about["scores"][m]
-                 for s in full if s.cell.clip.name in again}
-        found[m] = {}
-        # Vary one part of the key, hold the others: which of the two seeds moves the number more?
-        for what, axis in (("sampling", 2), ("training", 3)):
-            sets = {}
-            for key, v in value.items():
-                sets.setdefault(key[:axis] + key[axis + 1:], []).append(v)
+    for m in PRIMARY if twice else ():
+        for what in ("training", "sampling"):
+            sets = {}                                                # samples that differ in that seed alone
+            for s in [s for s in full if s.cell.clip.name in twice]:
+                c = s.cell
+                key = (c.clip.name, c.place, c.seed if what == "training" else c.train_seed)
+                sets.setdefault(key, []).append(s.about["scores"][m])
             variances = [np.var(v, ddof=1) for v in sets.values() if len(v) > 1]
-            found[m][what] = math.sqrt(np.mean(variances)) if variances else None
-    return found if again else None
+            found.setdefault(m, {})[what] = math.sqrt(np.mean(variances)) if variances else None
+    return found
 
 
-def sentence(comparison, clips):
-    """What an ablation changed, in plain words: how much, how sure; or how small an effect could have been seen."""
+def sentence(comparison):
+    """What an ablation changed, in plain words: how much, how sure; or what effect would have shown."""
     parts = []
-    for m, test in comparison["metrics"].items():
-        if m not in PRIMARY:
-            continue
-        title, p = METRICS[m].title, test.get("p_holm", test["p"])
-        label = "p after Holm" if "p_holm" in test else "p, exploratory"
-        span = f"95 % interval {test['low']:+.3f} to {test['high']:+.3f}, {label} {p:.3f}"
+    for m in PRIMARY:
+        test, title = comparison["metrics"][m], METRICS[m][:-2]
+        p, rule = (test["p_holm"], "after Holm") if "p_holm" in test else (test["p"], "exploratory")
+        said = (f"{abs(test['mean']):.3f} (95 % interval {test['low']:+.3f} to {test['high']:+.3f}; "
+                f"p = {p:.3f}, {rule})")
+        verb = "rose" if test["mean"] > 0 else "fell"
         if not math.isfinite(test["low"]):
-            parts.append(f"{title} differed by {test['mean']:+.3f}, and one clip says nothing about chance")
-        elif p < 0.05 and test["low"] * test["high"] > 0:
-            verb = "rose" if test["mean"] > 0 else "fell"
-            parts.append(f"{title} {verb} by {abs(test['mean']):.3f} ({span})")
+            parts.append(f"{title} {verb} by {abs(test['mean']):.3f}, but one clip says nothing about chance")
+        elif test["low"] * test["high"] > 0:
+            parts.append(f"{title} {verb} by {said}" + ("" if p < 0.05 else ": a hint, not a finding"))
         else:
-            parts.append(f"no change of {title} was detected ({test['mean']:+.3f}, {span}); a change of "
+            parts.append(f"No change of {title} was detected: it {verb} by {said}; a change of "
                          f"{test['detectable']:.3f} would have shown in four of five such experiments")
-    return f"`{comparison['name']}` against `full`, {comparison['clips']} clips: " + "; ".join(parts) + "."
+    return f"{comparison['name']} against full, {comparison['clips']} clips: {'. '.join(parts)}."
 
 
-# ----------------------------------------------------------------------------------------------- User Preference
+# ------------------------------------------------------------------------------------------- User Preference
 
-VOTE_FIELDS = ("participant", "scene", "options", "choice", "check")
+VOTE_FIELDS = ["participant", "scene", "options", "choice", "check"]
 
 
 def read_votes(path):
-    """Votes from a CSV file with the columns of VOTE_FIELDS -> list of dicts.
+    """Votes from a CSV file with the columns VOTE_FIELDS -> list of dicts.
 
-    options: the variants shown, in the order shown, joined by |; choice: the one picked as best. check: empty, or
-    in an attention check the answer that is obviously right.
+    options: the variants shown, joined by |, in the order shown; choice: the one picked as best; check:
+    empty, or, in an attention check, the answer that is obviously right.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -1358,94 +1384,80 @@ def read_votes(path):
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise mini_mi.UserError(f"--votes {path} cannot be read: {e}") from None
     for line, vote in enumerate(votes, start=2):
-        if set(vote) != set(VOTE_FIELDS) or None in vote.values():
-            raise mini_mi.UserError(f"--votes {path}, line {line}: the columns must be {','.join(VOTE_FIELDS)}")
+        if list(vote) != VOTE_FIELDS or None in vote.values():
+            raise mini_mi.UserError(f"--votes {path}, line {line}: columns are {','.join(VOTE_FIELDS)}")
         if vote["choice"] not in vote["options"].split("|"):
-            raise mini_mi.UserError(f"--votes {path}, line {line}: {vote['choice']!r} was not among the options")
+            raise mini_mi.UserError(f"--votes {path}, line {line}: {vote['choice']!r} is not an option")
     return votes
 
 
-def write_votes(path, votes):
-    """The same file from a list of dicts."""
-    with mini_mi.atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, VOTE_FIELDS)
-        writer.writeheader()
-        writer.writerows(votes)
-
-
 def preference(votes, names):
-    """Share of the votes in which a variant was picked, of those in which it was shown -> name -> dict.
+    """Of the votes in which a variant was shown, the share that picked it -> name -> dict; chance is 1/k.
 
-    Who fails an attention check is left out altogether. Two intervals: Wilson's, which takes votes for
-    independent, and a bootstrap over participants, which does not. Chance is 1/k with k options.
+    Whoever fails an attention check is left out. Two intervals: Wilson's, which takes votes for independent,
+    and a bootstrap over participants, which does not.
     """
     careless = {v["participant"] for v in votes if v["check"] and v["choice"] != v["check"]}
     votes = [v for v in votes if not v["check"] and v["participant"] not in careless]
     found = {}
     for name in names:
         shown = [v for v in votes if name in v["options"].split("|")]
+        wins, people = [int(v["choice"] == name) for v in shown], [v["participant"] for v in shown]
         if shown:
-            wins = [int(v["choice"] == name) for v in shown]
-            people = [v["participant"] for v in shown]
             found[name] = {"share": sum(wins) / len(wins), "votes": len(wins), "people": len(set(people)),
                            "wilson": wilson_interval(sum(wins), len(wins)),
                            "clustered": clustered_share(wins, people)}
     return found
 
 
-# =============================================================================================================
+# ===========================================================================================================
 #   TUTORIAL FIGURES: what MQK does to the attention map, what debias does to MV
-# =============================================================================================================
+# ===========================================================================================================
 
-def part_figures(lab):
-    """Looks into the first injected layer with the first clip's embeddings, and keeps what it saw as a file.
+def look_inside(lab):
+    """The first injected layer with the first clip's embeddings -> arrays, kept in a file; None before that.
 
-    Arrays: attention maps (F,F), query frame by key frame, mean over heads and positions, `with_mqk` and
-    `without_mqk`; norms of MV over channels (F,H,W), `mv_raw` and `mv_debiased`.
+    without_mqk, with_mqk   attention maps (F,F), query frame by key frame, mean over heads and positions
+    mv_raw, mv_debiased     norm of MV over channels (F,H,W)
     """
     clip, variant = lab.clips[0], VARIANTS["full"]
     key = digest("figures", lab.motion_key(clip, variant, 0))
-    kept = lab.store.read("figures", key)
-    if kept:
-        return kept[1]
     trained = lab.store.read("motion", lab.motion_key(clip, variant, 0))
+    if kept := lab.store.read("figures", key):
+        return kept[1]
     if trained is None:
         return None
     latents, _ = lab.prepare([clip])
     motion = lab.motion(trained[1], variant, latents.shape)
-    block = next(iter(motion.blocks))
+    block, grid = next(iter(motion.grids.items()))
     attention = lab.models.unet.get_submodule(block).attn1
-    text = mini_mi.encode_prompt(lab.models, [clip.caption])
-    t = lab.models.scheduler.T // 2
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+    t = lab.models.scheduler.T // 2
     noisy = lab.models.scheduler.add_noise(latents, noise, t)
-    arrays = {}
-    for name, use_mqk in (("with_mqk", True), ("without_mqk", False)):
-        motion.use_mqk, seen = use_mqk, {}
-        hooks = [getattr(attention, part).register_forward_hook(
-            lambda module, inputs, output, part=part: seen.update({part: output})) for part in ("to_q", "to_k")]
-        with torch.no_grad():
-            mini_mi.predict(lab.models, noisy, t, text, motion)
-        for hook in hooks:
-            hook.remove()
-        q, k = (seen[part].float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in ("to_q", "to_k"))
-        attention_map = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)              # (H*W, heads, F, F)
-        arrays[name] = attention_map.mean((0, 1)).cpu().numpy()
-    grid = motion.grids[block]
+    seen, arrays = {}, {}
+    hooks = [getattr(attention, part).register_forward_hook(
+        lambda module, inputs, output, part=part: seen.update({part: output})) for part in ("to_q", "to_k")]
+    for motion.use_mqk in (False, True):
+        mini_mi.predict(lab.models, noisy, t, mini_mi.encode_prompt(lab.models, [clip.caption]), motion)
+        q, k = (seen[part].detach().float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                for part in ("to_q", "to_k"))                                    # (H*W, heads, F, d_k)
+        attention_map = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1))
+        arrays["with_mqk" if motion.use_mqk else "without_mqk"] = attention_map.cpu().numpy()
+    for hook in hooks:
+        hook.remove()
     for name, mode in (("mv_raw", motion.train()), ("mv_debiased", motion.eval())):
-        _, m_v = mode.at(block, "attn1", latents.shape[2], grid)                      # (1, H*W, F, C)
-        arrays[name] = m_v[0].norm(dim=-1).T.unflatten(1, grid).detach().cpu().numpy()
+        m_v = mode.at(block, "attn1", latents.shape[2], grid)[1].detach()        # (1, H*W, F, C)
+        arrays[name] = m_v[0].norm(dim=-1).T.unflatten(1, grid).cpu().numpy()
     lab.store.write("figures", key, {"block": block, "clip": clip.name}, arrays)
     return arrays
 
 
-def heat(values, low, high):
-    """values (h,w) -> PIL picture: pale yellow (low) over orange to dark violet (high)."""
-    stops = np.array([(253, 244, 220), (246, 170, 90), (200, 60, 80), (60, 15, 75)], float)
-    x = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(stops) - 1)
-    i = np.minimum(x.astype(int), len(stops) - 2)
-    mix = (x - i)[..., None]
-    return Image.fromarray((stops[i] * (1 - mix) + stops[i + 1] * mix).round().astype(np.uint8))
+def heat(values, high):
+    """values (h,w) from 0 to high -> PIL picture: pale yellow (0) over orange to dark violet."""
+    stops = np.array([(253, 244, 220), (246, 170, 90), (200, 60, 80), (60, 15, 75)])
+    x = np.clip(values / max(high, 1e-9), 0, 1) * (len(stops) - 1)
+    channels = [np.interp(x, range(len(stops)), stops[:, c]) for c in range(3)]
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
 def data_uri(picture, kind="PNG", **options):
@@ -1455,288 +1467,248 @@ def data_uri(picture, kind="PNG", **options):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-# =============================================================================================================
+# ===========================================================================================================
 #   REPORT: results.json, results.md, report.html
-# =============================================================================================================
+# ===========================================================================================================
 
-def number(value, digits=3, sign=False):
+def number(value, form=".3f"):
     """0.1234 -> "0.123"; what is missing or not finite is a dash."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}"
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def interval(triple, digits=3):
+def interval(triple, form=".3f"):
     """(mean, low, high) -> "0.123 (0.101 to 0.145)"."""
-    if triple is None:
-        return "–"
-    mean, low, high = triple
-    return f"{number(mean, digits)} ({number(low, digits)} to {number(high, digits)})"
+    mean, low, high = triple or (None,) * 3
+    return number(mean, form) + ("" if mean is None else f" ({number(low, form)} to {number(high, form)})")
 
 
-def table_of(results):
-    """The main table -> (heads, rows of texts): the five metrics, and leakage and attributes beside them."""
-    shown = [m for m in METRICS if m in results["rows"][0]["metrics"]]
-    first = [m for m in shown if m in ("text_similarity", "motion_fidelity", "temporal_consistency")]
-    rest = [m for m in shown if m not in first]
-
-    def head(m):
-        return f"{METRICS[m].title} {'↑' if METRICS[m].up else '↓'}"
-
-    heads = ["variant", *map(head, first), f"Fréchet distance ({results['judges']['frechet']} features) ↓",
-             "User Preference ↑", *map(head, rest), "n (clips)"]
-    rows = []
-    for r in results["rows"]:
+def tables(results):
+    """The main table, the differences, the details: (heads, rows of texts) each."""
+    rows, judge = results["rows"], results["judges"]["frechet"]
+    shown = [m for m in METRICS if m in rows[0]["metrics"]]
+    three, more = shown[:3], shown[3:]           # with FID and User Preference they are the paper's five
+    distance = f"Fréchet distance ({judge} features) ↓"
+    main, differences, details = [], [], []
+    for r in rows:
         vote = r["preference"] and (r["preference"]["share"], *r["preference"]["clustered"])
-        rows.append([r["name"], *(interval(r["metrics"][m]) for m in first), interval(r["frechet"]), interval(vote),
-                     *(interval(r["metrics"][m]) for m in rest), f"{r['n']} ({r['clips']})"])
-    return heads, rows
-
-
-def difference_table(results):
-    """Every variant against `full` -> (heads, rows of texts)."""
-    shown = [m for m in METRICS if m in results["rows"][0]["metrics"]]
-    heads = ["against full", *(METRICS[m].title for m in shown), "Fréchet distance"]
-    rows = []
-    for c in results["comparisons"]:
-        texts = []
-        for m in shown:
-            test = c["metrics"][m]
-            p = f"p {test['p_holm']:.3f} (Holm)" if "p_holm" in test else f"p {test['p']:.3f}"
-            texts.append(f"{number(test['mean'], 3, True)} ({number(test['low'], 3, True)} to "
-                         f"{number(test['high'], 3, True)}), {p}")
-        rows.append([c["name"], *texts, interval(c["frechet"])])
-    return heads, rows
-
-
-def detail_table(results):
-    """Bias check of the Frechet distance, tracks and cost -> (heads, rows of texts)."""
-    heads = ["variant", "frames", "real against real", "KID x 1000", "moving tracks", "training s", "sampling s",
-             "peak memory MiB", "embedding parameters"]
-    rows = []
-    for r in results["rows"]:
+        main.append([r["name"], *(interval(r["metrics"][m]) for m in three), interval(r["frechet"]),
+                     interval(vote), *(interval(r["metrics"][m]) for m in more), f"{r['n']} ({r['clips']})"])
         cost = r["cost"]
-        rows.append([r["name"], str(r["frames"]), number(r["frechet_floor"]), number(1000 * r["kid"]),
-                     f"{r['moving_tracks']:.0f} ({100 * r['moving_share']:.0f} %)",
-                     number(cost["train_seconds"], 1), number(cost["sample_seconds"], 2),
-                     number(cost["memory"], 0), f"{cost['parameters']:,.0f}"])
-    return heads, rows
+        details.append([r["name"], str(r["frames"]), number(r["frechet_floor"]), number(1000 * r["kid"]),
+                        f"{r['moving_tracks']:.0f} ({100 * r['moving_share']:.0f} %)",
+                        number(cost["train_seconds"], ".1f"), number(cost["sample_seconds"], ".2f"),
+                        number(cost["memory"], ".0f"), number(cost["parameters"], ",.0f")])
+    for c in results["comparisons"]:
+        texts = [interval((t["mean"], t["low"], t["high"]), "+.3f")
+                 + (f" p {t['p_holm']:.3f} (Holm)" if "p_holm" in t else f" p {t['p']:.3f}")
+                 for t in (c["metrics"][m] for m in shown)]
+        differences.append([c["name"], *texts, interval(c["frechet"], "+.3f")])
+    return ((["variant", *(METRICS[m] for m in three), distance, "User Preference ↑",
+              *(METRICS[m] for m in more), "n (clips)"], main),
+            (["against full", *(METRICS[m] for m in shown), distance], differences),
+            (["variant", "frames", "Fréchet, real from real", "KID x 1000", "moving tracks", "training s",
+              "sampling s", "peak memory MiB", "embedding parameters"], details))
 
 
 def notes(results):
     """What a reader has to know to read the tables, as plain sentences."""
-    judges, spread = results["judges"], results["training_spread"]
+    judges = results["judges"]
     lines = [
-        "Mean and 95 % interval: Student t on the means per clip, since the prompts and seeds of one clip are not "
-        "independent; for the Fréchet distance a jackknife over clips.",
-        f"Differences are paired by clip, prompt and seed. The primary tests, fixed beforehand, are "
-        f"{' and '.join(ABLATIONS)} on Motion Fidelity and Text Similarity (p after Holm); everything else is "
-        "exploratory.",
-        f"Judges: {judges['clip']} for text, consistency and leakage; tracker {judges['tracker']}; the Fréchet "
-        f"distance takes {judges['frechet']} features against {judges['reference_set']}, and is biased upward at "
-        "this size, as the distance of real from real at equal n shows.",
-        f"Chance level of Motion Fidelity, against reference clips of other motions: {interval(results['chance'])}."]
-    if spread:
-        lines.append("Spread of `full` (standard deviation): " + "; ".join(
-            f"{METRICS[m].title} {number(s['training'])} between training seeds, {number(s['sampling'])} between "
-            "sampling seeds" for m, s in spread.items()) + ".")
+        "Brackets: 95 % interval, Student t on the means per clip (prompts and seeds of one clip are not "
+        "independent); for the Fréchet distance a jackknife over clips.",
+        "Differences are paired by clip, prompt and seed. Primary tests, fixed beforehand: "
+        f"{' and '.join(ABLATIONS)} on Motion Fidelity and Text Similarity, with p after Holm. Everything "
+        "else is exploratory.",
+        f"Judges: {judges['clip']} for texts and frames; tracker {judges['tracker']}. The Fréchet distance "
+        f"compares {judges['frechet']} features with those of {judges['real']}. It is biased upward at this "
+        "size: compare with real from real at equal n.",
+        "Chance level of Motion Fidelity, against reference clips of other motions: "
+        f"{interval(results['chance'])}."]
+    if results["training_spread"]:
+        lines.append("Standard deviation of full: " + "; ".join(
+            f"{METRICS[m][:-2]} {number(s['training'])} between training seeds, {number(s['sampling'])} "
+            "between sampling seeds" for m, s in results["training_spread"].items()) + ".")
     if not any(r["preference"] for r in results["rows"]):
-        lines.append("User Preference: no votes yet. Show people the reference and the results of one prompt and "
-                     "seed, names hidden, order shuffled, and let them pick the best; write one line per answer to "
-                     f"a CSV file with the columns {','.join(VOTE_FIELDS)} and run again with --votes FILE --report.")
+        lines.append("User Preference: no votes yet. Show people a reference and the results of one prompt "
+                     "and seed, names hidden, order shuffled; ask which moves most like the reference and "
+                     "shows the prompt. One line per answer in a CSV file with the columns "
+                     f"{','.join(VOTE_FIELDS)} (options joined by |); then --votes FILE --report.")
     if results["finished"] < results["planned"]:
         lines.append(f"Unfinished: {results['finished']} of {results['planned']} cells.")
     return lines
 
 
 def markdown(results):
-    """The tables and sentences for a README."""
-    def table(heads, rows):
+    """The tables and sentences, ready for a README."""
+    def lines(heads, rows):
         return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *rows])
 
-    run = results["run"]
-    return "\n\n".join([
-        f"`{run['command']}`, {run['date']}, {run['machine']}, {run['minutes']:.1f} minutes for "
-        f"{run['computed']} of {results['planned']} cells", table(*table_of(results)),
-        *(f"- {s}" for s in results["sentences"]), table(*difference_table(results)),
-        table(*detail_table(results)), *(f"- {n}" for n in notes(results))]) + "\n"
+    run, (main, *others) = results["run"], map(lambda t: lines(*t), tables(results))
+    head = (f"`{run['command']}`, {run['date']}, {run['machine']}, {run['minutes']:.1f} minutes "
+            f"for {run['computed']} of {results['planned']} cells")
+    found = "\n".join(f"- {s}" for s in results["sentences"])
+    return "\n\n".join([head, main, found, *others, "\n".join(f"- {n}" for n in notes(results))]) + "\n"
 
 
 STYLE = """
 :root { --ink: #1d2430; --soft: #5d6675; --line: #dfe3ea; --paper: #ffffff; --wash: #f5f7fa; --full: #2a6fdb;
-        --ablation: #d9622b; --other: #8fa3bd; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b5; --line: #313a48; --paper: #151a21;
-        --wash: #1d242e; --full: #6ea3ff; --ablation: #f08b5b; --other: #61738c; } }
+        --ablation: #d9622b; --other: #8fa3bd }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b5; --line: #313a48;
+        --paper: #151a21; --wash: #1d242e; --full: #6ea3ff; --ablation: #f08b5b; --other: #61738c } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1180px; color: var(--ink); background: var(--paper);
-       font: 16px/1.5 system-ui, sans-serif }
+body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1180px; color: var(--ink);
+       background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3em } h2 { margin: 2.2em 0 .5em; font-size: 1.25rem }
-h3 { margin: 1.6em 0 .2em; font-size: 1rem } p, li { max-width: 75ch } .soft { color: var(--soft); font-size: .9rem }
+h3 { margin: 1.4em 0 .2em; font-size: 1rem } p, li { max-width: 80ch } li { margin: .3em 0 }
+.soft { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere }
+.found { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)) }
+.found p { margin: 0; padding: 14px 16px; background: var(--wash); border-left: 4px solid var(--ablation);
+       border-radius: 6px } summary { cursor: pointer; margin: 1em 0 .4em; color: var(--soft) }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; width: 100% }
 th, td { padding: 7px 10px; text-align: left; border-bottom: 1px solid var(--line); min-width: 84px }
 th { background: var(--wash); font-weight: 600; vertical-align: bottom } tr:last-child td { border: 0 }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--wash); font-weight: 600;
        white-space: nowrap }
-td b { font-weight: 600 } td small { display: block; color: var(--soft); white-space: nowrap }
+td small { display: block; color: var(--soft); white-space: nowrap }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 18px }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px }
-figure { margin: 0 } figcaption { font-size: .74rem; color: var(--soft); overflow-wrap: anywhere; line-height: 1.25 }
-.clip { border-radius: 6px; background-size: calc(var(--frames) * 100%) 100%; background-repeat: no-repeat;
+svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 10px }
+figure { margin: 0 } figcaption { font-size: .74rem; color: var(--soft); margin-top: 3px }
+.clip { border-radius: 6px; background-size: calc(var(--frames) * 100%) 100%;
         animation: play calc(var(--frames) * .1s) steps(var(--frames)) infinite }
-.reference { outline: 2px solid var(--ink); outline-offset: 1px }
+.reference { outline: 2px solid var(--full); outline-offset: 1px }
 @keyframes play { to { background-position-x: calc(100% * var(--frames) / (var(--frames) - 1)) } }
 @media (prefers-reduced-motion: reduce) { .clip { animation-play-state: paused } }
-#still:checked ~ * .clip { animation-play-state: paused }
+body:has(#still:checked) .clip { animation-play-state: paused }
 .pixels { image-rendering: pixelated; width: 100%; border-radius: 4px; display: block }
-.frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(52px, 1fr)); gap: 4px }
+.frames { display: grid; grid-template-columns: repeat(8, 1fr); gap: 4px; max-width: 640px }
 """
 
 
-def bars(results, title, values, line=None, line_name=""):
+def bars(title, values, line=None, line_name=""):
     """A bar per variant with its 95 % interval, as inline SVG; values: name -> (mean, low, high)."""
-    ends = [v for triple in values.values() for v in triple if math.isfinite(v)] + ([line] if line else [])
-    low, high = min(0, *ends), max(1e-9, *ends)
-    left, right, step = 132, 318, 21
+    ends = [v for triple in values.values() for v in triple if math.isfinite(v)] + [line or 0]
+    low, high, left, right, step = min(0, *ends), max(1e-9, *ends), 132, 318, 21
 
     def x(value):
-        return left + (right - left) * (min(max(value, low), high) - low) / (high - low)
+        return left + (right - left) * (value - low) / (high - low)
 
-    out = [f'<svg viewBox="0 0 380 {step * len(values) + 26}" role="img" aria-label="{html.escape(title)}">']
-    for i, (name, (mean, bottom, top)) in enumerate(values.items()):
+    bottom = step * len(values) + 6
+    out = [f'<svg viewBox="0 0 380 {bottom + 20}" role="img" aria-label="{html.escape(title)}">']
+    for i, (name, (mean, start, end)) in enumerate(values.items()):
         y = step * i + 8
         colour = "full" if name == "full" else "ablation" if name in ABLATIONS else "other"
-        out += [f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{html.escape(name)}</text>',
-                f'<rect x="{min(x(0), x(mean)):.1f}" y="{y}" width="{abs(x(mean) - x(0)):.1f}" height="14" rx="2" '
-                f'style="fill: var(--{colour})"/>',
-                f'<text x="{right + 8}" y="{y + 11}">{number(mean)}</text>']
-        if math.isfinite(bottom):
-            out.append(f'<path d="M{x(bottom):.1f} {y + 7}H{x(top):.1f}M{x(bottom):.1f} {y + 3}v8M{x(top):.1f} '
-                       f'{y + 3}v8" style="stroke: var(--ink); stroke-width: 1.3; fill: none"/>')
-    bottom = step * len(values) + 6
+        first, length = min(x(0), x(mean)), abs(x(mean) - x(0))
+        out.append(f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{html.escape(name)}</text>'
+                   f'<text x="{right + 8}" y="{y + 11}">{number(mean)}</text>'
+                   f'<rect x="{first:.1f}" y="{y}" width="{length:.1f}" height="14" rx="2" '
+                   f'style="fill: var(--{colour})"/>')
+        if math.isfinite(start):
+            out.append(f'<path d="M{x(start):.1f} {y + 7}H{x(end):.1f}M{x(start):.1f} {y + 3}v8M{x(end):.1f} '
+                       f'{y + 3}v8" style="stroke: var(--ink); stroke-width: 1.3"/>')
     if line is not None:
         out.append(f'<path d="M{x(line):.1f} 4V{bottom}" style="stroke: var(--soft); stroke-dasharray: 3 3"/>'
-                   f'<text x="{x(line):.1f}" y="{bottom + 14}" text-anchor="middle">{line_name} {number(line)}</text>')
-    return f"<figure><h3>{html.escape(title)}</h3>" + "".join(out) + "</svg></figure>"
+                   f'<text x="{x(line):.1f}" y="{bottom + 13}" text-anchor="middle">{line_name} '
+                   f"{number(line)}</text>")
+    return f"<figure><h3>{html.escape(title)}</h3>{''.join(out)}</svg></figure>"
 
 
-def moving_picture(frames, label, reference=False):
-    """A clip (F,h,w,3) uint8 as a film strip that the style sheet moves: all clips of the page stay in step."""
+def moving_picture(frames, label):
+    """A clip (F,h,w,3) uint8 as a film strip that the style sheet moves: all clips of the page keep step."""
     height, width = frames.shape[1:3]
-    shrink = max(1, width / 192)
-    size = round(width / shrink), round(height / shrink)
-    strip = np.concatenate([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in frames], 1)
-    uri = data_uri(Image.fromarray(strip), "WEBP", quality=82)
-    return (f'<figure><div class="clip{" reference" if reference else ""}" role="img" '
-            f'aria-label="{html.escape(label)}" style="--frames: {len(frames)}; aspect-ratio: {width} / {height}; '
-            f'background-image: url({uri})"></div><figcaption>{html.escape(label)}</figcaption></figure>')
-
-
-def html_table(heads, rows):
-    """A table of texts; what stands in brackets goes to a second, smaller line."""
-    def cell(text):
-        main, bracket, rest = text.partition(" (")
-        return f"<td>{html.escape(main)}" + (f"<small>({html.escape(rest)}</small>" if bracket else "") + "</td>"
-
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+    if width > 192:                                              # WebP pictures are at most 16383 pixels wide
+        strip = strip.resize((192 * len(frames), 192 * height // width), Image.Resampling.LANCZOS)
+    return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
+            f'style="--frames: {len(frames)}; aspect-ratio: {width} / {height}; '
+            f'background-image: url({data_uri(strip, "WEBP", quality=82)})"></div>'
+            f"<figcaption>{label}</figcaption></figure>")
 
 
 def clip_rows(lab):
-    """For every clip and prompt the reference and the first seed of every variant, side by side."""
+    """For every clip and prompt the reference and the first seed of every variant, side by side, as HTML."""
     parts = []
     for clip in lab.clips:
         parts.append(f"<h3>{html.escape(clip.name)}</h3>")
         for place in (*range(lab.settings.prompt_count), -1):
-            shown = []
-            for cell in lab.cells:
-                if (cell.clip, cell.place, cell.seed, cell.train_seed) == (clip, place, 0, 0):
-                    video = lab.store.read("video", lab.video_key(cell))
-                    if video:
-                        shown.append(moving_picture(video[1]["frames"], cell.variant.name))
+            cells = [c for c in lab.cells if (c.clip, c.place, c.seed, c.train_seed) == (clip, place, 0, 0)]
+            videos = [(c, lab.store.read("video", lab.video_key(c))) for c in cells]
+            shown = [moving_picture(kept[1]["frames"], c.variant.name) for c, kept in videos if kept]
             if shown:
-                text = clip.caption if place < 0 else clip.prompts[place]
-                own = "its own caption" if place < 0 else "prompt"
-                parts.append(f'<p class="soft">{own}: {html.escape(text)}</p><div class="clips">'
-                             + moving_picture(clip.frames, "reference", True) + "".join(shown) + "</div>")
+                text = f"its own caption: {clip.caption}" if place < 0 else f"prompt: {clip.prompts[place]}"
+                parts.append(f'<p class="soft">{html.escape(text)}</p><div class="clips">'
+                             f'{moving_picture(clip.frames, "reference")}{"".join(shown)}</div>')
     return "".join(parts)
+
+
+def html_table(heads, rows):
+    """A table of texts; what stands in brackets and after goes to a second, smaller line."""
+    def cell(text):
+        main, bracket, rest = html.escape(text).partition(" (")
+        return f"<td>{main}" + (f"<small>({rest}</small>" if bracket else "") + "</td>"
+
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
+    body = "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def figures_html(arrays):
     """The tutorial figures as HTML."""
-    if arrays is None:
-        return ""
-    maps = {"without_mqk": "without MQK", "with_mqk": "with MQK"}
-    high = max(arrays[m].max() for m in maps)
-    parts = ['<p>One injected layer, looking at a half-noised reference clip. Row: the frame that asks; column: the '
-             "frame that answers. MQK is the same at every position, so it can only say which frames belong "
-             'together.</p><div class="panels">']
-    for key, title in maps.items():
-        parts.append(f'<figure><h3>{title}</h3><img class="pixels" alt="attention map {title}" '
-                     f'src="{data_uri(heat(arrays[key], 0, high))}"></figure>')
-    parts.append("</div><p>The length of MV, frame by frame, at every position of the latent grid. As trained it "
-                 "holds what the clip looks like as well; differences of neighbouring frames (from the second frame "
-                 "on) keep what changes: the motion.</p>")
-    high = max(arrays["mv_raw"].max(), arrays["mv_debiased"].max())
-    for key, title in (("mv_raw", "as trained"), ("mv_debiased", "debiased, as used")):
-        tiles = "".join(f'<img class="pixels" alt="frame {i}" src="{data_uri(heat(frame, 0, high))}">'
-                        for i, frame in enumerate(arrays[key]))
-        parts.append(f'<h3>MV {title}</h3><div class="frames">{tiles}</div>')
-    return "".join(parts)
+    def picture(values, high, alt):
+        return f'<img class="pixels" alt="{alt}" src="{data_uri(heat(values, high))}">'
+
+    top = max(arrays[m].max() for m in ("without_mqk", "with_mqk"))
+    maps = "".join(f"<figure><h3>{title}</h3>{picture(arrays[key], top, f'attention map {title}')}</figure>"
+                   for key, title in (("without_mqk", "without MQK"), ("with_mqk", "with MQK")))
+    top = max(arrays[m].max() for m in ("mv_raw", "mv_debiased"))
+    norms = "".join(f'<h3>MV {title}</h3><div class="frames">'
+                    + "".join(picture(f, top, f"frame {i}") for i, f in enumerate(arrays[key])) + "</div>"
+                    for key, title in (("mv_raw", "as trained"), ("mv_debiased", "debiased, as used")))
+    return f"""<p>One temporal attention layer, looking at a half-noised reference clip. Row: the frame that
+asks; column: the frame that answers; dark: much attention. MQK is the same at every position of the picture,
+so it can only say which frames belong together.</p><div class="panels">{maps}</div><p>The norm of MV at each
+position of the latent grid, frame by frame. As trained it may also hold what the clip looks like; differences
+of neighbouring frames, from the second frame on, keep what changes: the motion.</p>{norms}"""
 
 
-def page(lab, results, figures):
+def page(lab, results, arrays):
     """report.html: one page that needs nothing else."""
-    run, floor = results["run"], results["rows"][0]["frechet_floor"]
-    shown = [m for m in METRICS if m in results["rows"][0]["metrics"]]
-    panels = [bars(results, f"{METRICS[m].title} {'↑' if METRICS[m].up else '↓'}",
-                   {r["name"]: r["metrics"][m] for r in results["rows"]},
+    run, rows = results["run"], results["rows"]
+    panels = [bars(METRICS[m], {r["name"]: r["metrics"][m] for r in rows},
                    results["chance"][0] if m == "motion_fidelity" and results["chance"] else None, "chance")
-              for m in shown]
-    panels.append(bars(results, f"Fréchet distance ({results['judges']['frechet']} features) ↓",
-                       {r["name"]: r["frechet"] for r in results["rows"]}, floor, "real"))
-    hypotheses = "".join(f"<li><b>{html.escape(r['name'])}</b>: {html.escape(r['hypothesis'])}</li>"
-                         for r in results["rows"])
-    lists = {name: "".join(f"<li>{html.escape(text).replace('`', '')}</li>" for text in texts)
-             for name, texts in (("found", results["sentences"]), ("notes", notes(results)))}
+              for m in METRICS if m in rows[0]["metrics"]]
+    panels.append(bars(f"Fréchet distance ({results['judges']['frechet']} features) ↓",
+                       {r["name"]: r["frechet"] for r in rows}, rows[0]["frechet_floor"], "real"))
+    main, differences, details = (html_table(*t) for t in tables(results))
+    answers = [s for s, c in zip(results["sentences"], results["comparisons"]) if c["name"] in ABLATIONS]
+    others = [s for s in results["sentences"] if s not in answers]
+
+    def items(texts):
+        return "".join(f"<li>{html.escape(text)}</li>" for text in texts)
+
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Motion Inversion, part by part</title><style>{STYLE}</style></head><body>
-<input type="checkbox" id="still" hidden><main>
 <h1>Motion Inversion, part by part</h1>
-<p>What the Motion Query-Key embedding (MQK) and the Motion Value embedding (MV) contribute: each removed in turn, on
-the same clips, prompts and start noise.</p>
+<p>What the Motion Query-Key embedding (MQK) and the Motion Value embedding (MV) contribute: each removed in
+turn, on the same clips, prompts and start noise.</p>
 <p class="soft">{html.escape(run['command'])} · {run['date']} · {html.escape(run['machine'])} ·
 {results['finished']} of {results['planned']} cells</p>
-<h2>What was found</h2><ul>{lists['found']}</ul>
-<h2>The table</h2>{html_table(*table_of(results))}
+<h2>What was found</h2><div class="found">{''.join(f'<p>{html.escape(s)}</p>' for s in answers)}</div>
+<details><summary>The other variants (exploratory)</summary><ul>{items(others)}</ul></details>
+<h2>The table</h2>{main}
 <h2>The same in pictures</h2><div class="panels">{''.join(panels)}</div>
-<h2>Clips</h2><p class="soft">First sampling seed, not selected. <label for="still"><u>Stop or start</u></label></p>
-{clip_rows(lab)}
-<h2>What each part does</h2>{figures_html(figures)}
-<h2>Differences from the full method</h2>{html_table(*difference_table(results))}
-<h2>Bias, tracks, cost</h2>{html_table(*detail_table(results))}
-<h2>How to read this</h2><ul>{lists['notes']}</ul>
-<h2>What was expected</h2><ul>{hypotheses}</ul>
-</main></body></html>
+<h2>Clips</h2><p class="soft">The first sampling seed, not selected.
+<label><input type="checkbox" id="still"> stop the motion</label></p>{clip_rows(lab)}
+<h2>What each part does</h2>{figures_html(arrays) if arrays else ""}
+<h2>Differences from the full method</h2>{differences}
+<h2>Bias, tracks, cost</h2>{details}
+<h2>How to read this</h2><ul>{items(notes(results))}</ul>
+<h2>What was expected</h2><ul>{items(f"{r['name']}: {r['hypothesis']}" for r in rows)}</ul>
+</body></html>
 """
-
-
-def write_report(lab, run):
-    """Writes results.json, results.md and report.html from the finished cells; prints the table."""
-    out = Path(lab.settings.out)
-    results = {"run": run, **collect(lab)}
-    texts = {"results.json": json.dumps(finite(results), indent=1), "results.md": markdown(results),
-             "report.html": page(lab, results, part_figures(lab))}
-    for name, text in texts.items():
-        with mini_mi.atomic_write(out / name) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-    heads, rows = table_of(results)
-    print("\n" + "\n".join("  ".join(f"{text:26}" for text in line[:5]).rstrip() for line in [heads, *rows]))
-    print("\n" + "\n".join(results["sentences"]))
-    print(f"\n{out / 'report.html'}")
 
 
 def finite(value):
@@ -1748,32 +1720,53 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# =============================================================================================================
-#   COMMAND LINE
-# =============================================================================================================
+def write_report(lab, run):
+    """Writes results.json, results.md and report.html from the finished cells; prints the table."""
+    out, results = Path(lab.settings.out), {"run": run, **collect(lab)}
+    texts = {"results.json": json.dumps(finite(results), indent=1), "results.md": markdown(results),
+             "report.html": page(lab, results, look_inside(lab))}
+    for name, text in texts.items():
+        with mini_mi.atomic_write(out / name) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8")
+    (heads, rows), *_ = tables(results)
+    print("\n" + "\n".join("".join(f"{text:27}" for text in line[:5]).rstrip() for line in [heads, *rows]))
+    print("\n" + "\n".join(results["sentences"]) + f"\n\n{out / 'report.html'}")
 
-def parse(argv):
-    """Arguments -> Settings. Every field of Settings is an option."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Settings):
-        option = "--" + field.name.replace("_", "-")
-        if field.type in (bool, "bool"):
-            parser.add_argument(option, action="store_true", help=field.metadata["help"])
-        else:
-            parser.add_argument(option, type=type(field.default), default=field.default, metavar=field.name.upper(),
-                                help=f"{field.metadata['help']} (default: {field.default or 'none'})")
+
+# ===========================================================================================================
+#   COMMAND LINE
+# ===========================================================================================================
+
+def parse(argv=None):
+    """Command line -> checked Settings, with the model's defaults for what was not given."""
+    parser = mini_mi.Parser("eval_mi.py", description=__doc__, argument_default=argparse.SUPPRESS,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Settings):
+        flag, about, default = "--" + f.name.replace("_", "-"), f.metadata["about"], f.default
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=about)
+            continue
+        if f.name in BUDGET["tiny"]:
+            default = f"{BUDGET['tiny'][f.name]} for tiny, else {BUDGET['other'][f.name]}"
+        parser.add_argument(flag, type=f.type, choices=f.metadata.get("choices"),
+                            metavar=None if "choices" in f.metadata else f.name.upper(),
+                            help=about if default is None else f"{about} (default: {default})")
     settings = Settings(**vars(parser.parse_args(argv)))
-    for name in ("clip_count", "prompt_count", "seed_count", "steps", "sample_steps", "invert_steps", "frames",
-                 "together", "batch", "grid"):
-        if getattr(settings, name) < 1:
-            raise mini_mi.UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if settings.dtype not in ("float32", "bfloat16", "float16"):
-        raise mini_mi.UserError(f"--dtype {settings.dtype} is none of float32, bfloat16, float16")
-    if settings.tracker not in ("lk", "cotracker"):
-        raise mini_mi.UserError(f"--tracker {settings.tracker} is none of lk, cotracker")
+    for name, value in BUDGET.get(settings.model, BUDGET["other"]).items():
+        if name != "fps" and getattr(settings, name) is None:
+            setattr(settings, name, value)
+    # One frame has no motion; everything else that is counted can be one.
+    least = dict(clip_count=1, prompt_count=1, seed_count=1, steps=1, sample_steps=1, invert_steps=1,
+                 frames=2, together=1, batch=1, grid=1)
+    for name, low in least.items():
+        if getattr(settings, name) < low:
+            raise mini_mi.UserError(f"--{name.replace('_', '-')} must be at least {low}")
+    if not 0 <= settings.noise_prior <= 1 or not settings.lr > 0:
+        raise mini_mi.UserError("--noise-prior must be within 0 and 1, and --lr above 0")
     if settings.quick:
-        small = {"clip_count": 3, "prompt_count": 1, "seed_count": 1}
-        settings = dataclasses.replace(settings, **{k: min(v, getattr(settings, k)) for k, v in small.items()})
+        small = dict(clip_count=3, prompt_count=1, seed_count=1)
+        small = {name: min(value, getattr(settings, name)) for name, value in small.items()}
+        settings = dataclasses.replace(settings, **small)
     return settings
 
 
@@ -1796,7 +1789,8 @@ def run(settings):
                    else f"{os.cpu_count()} CPU cores ({platform.machine()})")
         write_report(lab, {
             "command": " ".join(["python eval_mi.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-            "machine": machine, "ranks": ranks, "minutes": (time.perf_counter() - began) / 60, "computed": computed,
+            "machine": machine, "ranks": ranks, "computed": computed,
+            "minutes": (time.perf_counter() - began) / 60,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "scipy": scipy.__version__}})
     if ranks > 1:
@@ -1804,16 +1798,8 @@ def run(settings):
 
 
 def main(argv=None):
-    """The command line; returns the exit status."""
-    try:
-        run(parse(argv))
-    except mini_mi.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the finished cells", file=sys.stderr)
-        return 130
-    return 0
+    """Entry point of the command line; returns the exit status."""
+    return mini_mi.guarded(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

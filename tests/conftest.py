@@ -94,7 +94,7 @@ def randomise(module, seed=0, scale=0.1):
 def relative(a, b):
     """||a - b|| / ||b||"""
     assert a.shape == b.shape, (a.shape, b.shape)
-    return float((a - b).double().norm() / b.double().norm())
+    return float((a - b).detach().double().norm() / b.detach().double().norm())
 
 
 def write_model(folder, seed=0, unet=UNET):

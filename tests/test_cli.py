@@ -1,0 +1,399 @@
+"""The command as users call it: the files it leaves, and one clear line for whatever is wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, UNET
+from PIL import Image
+
+import mini_mi
+
+SMALL = ["--frames", "4", "--size", "32x32", "--steps", "2", "--sample-steps", "2", "--device", "cpu"]
+SHOWS = ["--source-prompt", "a red star", "--prompt", "a green circle"]
+
+
+def moving_square(count=6, size=40):
+    """(F,h,w,3) uint8"""
+    frames = np.full((count, size, size, 3), 200, np.uint8)
+    for n in range(count):
+        frames[n, 10:20, 4 * n:4 * n + 10] = 255, 0, 40
+    return frames
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A GIF of 6 frames."""
+    path = tmp_path_factory.mktemp("clip") / "square.gif"
+    mini_mi.write_video(path, moving_square(), 8)
+    return path
+
+
+@pytest.fixture
+def start(tiny_random, clip, tmp_path):
+    """Runs `main` on the random model: start(*arguments, out=FOLDER, prior=...) -> (status, folder)."""
+    def call(*arguments, out="out", prior="0", shows=SHOWS, small=SMALL, model=tiny_random, video=clip):
+        given = ["--model", str(model)] * (model is not None) + ["--video", str(video)] * (video is not None)
+        given += [*small, *shows, "--noise-prior", prior, "--out", str(tmp_path / out), *map(str, arguments)]
+        return mini_mi.main(given), tmp_path / out
+    return call
+
+
+def contents(folder):
+    """Relative path -> bytes of all files below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def gifs(folder):
+    return {name: data for name, data in contents(folder).items() if name.endswith(".gif")}
+
+
+# What a run leaves
+
+def test_files_of_a_run(start, capsys):
+    """Embeddings, a clip and a comparison per prompt, sheet, curve, record; no training state, no part files."""
+    status, out = start("--prompt", "a blue/white Square!?", "--seed", 7, "--fps", 5, "--snapshots", "1,2", prior="0.5")
+    assert status == 0
+    assert sorted(os.listdir(out)) == sorted([
+        "motion.safetensors", "motion-step1.safetensors", "motion-step2.safetensors", "loss.png", "sheet.png",
+        "run.json", "1-a-green-circle.gif", "1-a-green-circle-compare.gif", "2-a-blue-white-square.gif",
+        "2-a-blue-white-square-compare.gif"])
+    record = json.loads((out / "run.json").read_text())
+    config = record["config"]
+    assert config.keys() == {f.name for f in mini_mi.dataclasses.fields(mini_mi.Config)}
+    assert (config["seed"], config["steps"], config["sample_steps"], config["fps"]) == (7, 2, 2, 5)
+    assert config["prompts"] == ["a green circle", "a blue/white Square!?"] and config["snapshots"] == [1, 2]
+    assert len(record["losses"]) == 2 and all(loss > 0 for loss in record["losses"])
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["python"]
+    assert {"train", "invert", "sample"} <= record["seconds"].keys()
+    tensors = safetensors.torch.load_file(out / "motion.safetensors")
+    assert record["embedding_parameters"] == sum(v.numel() for v in tensors.values())
+    assert mini_mi.MotionEmbeddings.load(out / "motion.safetensors").source["prompt"] == "a red star"
+    last = safetensors.torch.load_file(out / "motion-step2.safetensors")
+    first = safetensors.torch.load_file(out / "motion-step1.safetensors")
+    assert all(torch.equal(last[k], tensors[k]) and not torch.equal(first[k], tensors[k]) for k in tensors)
+    for n, words in ((1, "a-green-circle"), (2, "a-blue-white-square")):
+        video = mini_mi.read_video(out / f"{n}-{words}.gif", 4, (32, 32))
+        assert video.std() > 1
+        with Image.open(out / f"{n}-{words}.gif") as image:
+            assert image.size == (32, 32) and image.n_frames == 4 and image.info["duration"] == 200
+        with Image.open(out / f"{n}-{words}-compare.gif") as image:
+            assert image.n_frames == 4 and image.width > 3 * 32
+    for name in ("sheet.png", "loss.png"):
+        with Image.open(out / name) as image:
+            assert image.convert("L").getextrema()[0] < 128
+    captured = capsys.readouterr()
+    assert "embedding parameters" in captured.out and "error" not in captured.err
+
+
+def test_reused_motion_gives_the_same_frames(start, capsys):
+    """One seed path: training and sampling, or loading and sampling; the clip is remembered by the file."""
+    _, first = start("--seed", 3, prior="0.5")
+    motion = first / "motion.safetensors"
+    small = [a for a in SMALL if a not in ("--steps", "2")][:4] + ["--sample-steps", "2"]
+    shows = ["--prompt", "a green circle"]
+    status, second = start("--motion", motion, "--seed", 3, out="second", prior="0.5", small=small, shows=shows,
+                           video=None)
+    assert status == 0 and gifs(first).keys() == {"1-a-green-circle.gif", "1-a-green-circle-compare.gif"}
+    assert gifs(second) == gifs(first)
+    assert not (second / "motion.safetensors").exists() and not (second / "loss.png").exists()
+    # Beside another prompt the frames are the same; with another seed or without MV they are not.
+    _, third = start("--motion", motion, "--seed", 3, "--prompt", "a red star", out="third", prior="0.5", small=small,
+                     shows=shows)
+    a, b = (mini_mi.read_video(f / "1-a-green-circle.gif", 4, (32, 32)).astype(int) for f in (first, third))
+    assert np.abs(a - b).mean() < 1
+    for n, change in enumerate((["--seed", 4], ["--seed", 3, "--motion-type", "camera"], ["--seed", 3, "--no-mqk"])):
+        status, other = start("--motion", motion, *change, out=f"other{n}", prior="0.5", small=small, shows=shows)
+        assert status == 0 and gifs(other)["1-a-green-circle.gif"] != gifs(first)["1-a-green-circle.gif"]
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, gone, left", [("--no-mqk", "pos_embed", "vSpatial"),
+                                              ("--no-mv", "vSpatial", "pos_embed")])
+def test_ablations_save_embeddings_without_the_part(start, flag, gone, left):
+    status, out = start(flag)
+    keys = list(safetensors.torch.load_file(out / "motion.safetensors"))
+    assert status == 0 and keys and all(left in key and gone not in key for key in keys)
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert (config["use_mqk"], config["use_mv"]) == (flag != "--no-mqk", flag != "--no-mv")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--mqk-dims", 2, "--mv-dims", 1, "--debias", "mean", "--levels", "0"], ["--debias-in-training", "--guidance", 1],
+    ["--loss", "debiased", "--checkpointing", "--dtype", "bfloat16"], ["--stride", 1, "--negative-prompt", "blurry"]])
+def test_other_settings_run(start, flags):
+    """Every switch reaches the run, and the record."""
+    status, out = start(*flags)
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert status == 0 and (out / "1-a-green-circle.gif").exists()
+    for flag, value in zip(flags, flags[1:]):
+        name = str(flag).removeprefix("--").replace("-", "_")
+        if name in config and not str(value).startswith("--"):
+            assert config[name] == ([0] if name == "levels" else value)
+    shape = next(iter(safetensors.torch.load_file(out / "motion.safetensors").values())).shape
+    assert shape[1:] == (4, 32)
+
+
+def test_dry_run_writes_nothing(start, capsys):
+    """And says what would happen."""
+    status, out = start("--dry-run")
+    text = capsys.readouterr().out
+    assert status == 0 and not out.exists()
+    expected = 3 * (1 + 2 * 16) * 4 * 32  # three blocks: MQK (1,4,32) and two MV (4*4,4,32)
+    for word in ("tiny_random", "square.gif", "4 frames of 32x32", f"{expected:,}", "2 DDIM steps", "a green circle"):
+        assert word in text, word
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        mini_mi.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for flag in ("no-mqk no-mv debias mqk-dims mv-dims motion-type video source-prompt prompt negative-prompt motion "
+                 "steps lr loss sample-steps guidance noise-prior frames size stride fps seed device dtype model out "
+                 "levels snapshots dry-run").split():
+        assert f"--{flag}" in text
+    assert "0.02" in text and "576x320" in text and "default: diff" in text
+
+
+# Bad input
+
+def refused(capsys, result, folder, before, match):
+    """Status 2, one line that begins with error:, and the output folder as it was."""
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert result == 2 and len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    assert re.search(match, lines[0]), lines[0]
+    assert len(lines[0]) > 30 and "Traceback" not in captured.out + captured.err
+    assert (contents(folder) if folder.exists() else {}) == before
+
+
+@pytest.fixture
+def bad(start, capsys, tmp_path):
+    """bad(match, *arguments, ...): that run is refused, over an older result and with none there."""
+    def call(match, *arguments, **settings):
+        result, out = start(*arguments, out="fresh", **settings)
+        refused(capsys, result, out, {}, match)
+        older = tmp_path / "older"
+        older.mkdir(exist_ok=True)
+        for name in ("run.json", "motion.safetensors", "1-a-green-circle.gif", "sheet.png"):
+            (older / name).write_text("kept")
+        before = contents(older)
+        result, out = start(*arguments, out="older", **settings)
+        refused(capsys, result, out, before, match)
+    return call
+
+
+def make_bad_video(kind, path, clip):
+    """Writes the damaged input `kind`; returns its path."""
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(clip.read_bytes()[:len(clip.read_bytes()) * 2 // 3])
+    elif kind == "text":
+        path.write_text("this is a letter, and no video\n" * 50)
+    elif kind == "bomb":
+        data = bytearray(clip.read_bytes())
+        data[6:10] = b"\xff\xff\xff\xff"  # 65535 x 65535 pixels
+        path.write_bytes(data)
+    elif kind == "pixel":
+        mini_mi.write_video(path, np.zeros((6, 1, 1, 3), np.uint8), 8)
+    elif kind == "short":
+        mini_mi.write_video(path, moving_square(3), 8)
+    elif kind in ("mixed", "nothing"):
+        path.mkdir()
+        for n in range(6 * (kind == "mixed")):
+            Image.new("RGB", (32, 32 + (n == 4))).save(path / f"{n}.png")
+    return path
+
+
+@pytest.mark.parametrize("name, kind, match", [
+    ("x.gif", "missing", "does not exist"), ("x.gif", "empty", "is empty"), ("x.mp4", "empty", "is empty"),
+    ("x.gif", "truncated", "damaged|truncated"), ("x.gif", "text", "no picture"), ("x.mp4", "text", "no video|ffmpeg"),
+    ("x.bin", "text", "no video|ffmpeg"), ("x.gif", "bomb", "too many pixels"), ("x.gif", "pixel", "1, 1"),
+    ("x.gif", "short", "has 3 frames, but 4"), ("x", "mixed", "mixes frames"), ("x", "nothing", "has 0 frames")])
+def test_bad_videos(bad, tmp_path, clip, name, kind, match):
+    """Nothing that is no clip gets as far as training."""
+    bad(match, video=make_bad_video(kind, tmp_path / name, clip))
+
+
+@pytest.mark.parametrize("match, arguments", [
+    ("nothing to train", ["--no-mqk", "--no-mv"]), ("--mqk-dims", ["--no-mqk", "--mqk-dims", 2]),
+    ("--mv-dims", ["--no-mv", "--mv-dims", 1]), ("--debias", ["--no-mv", "--debias", "mean"]),
+    ("--debias", ["--motion-type", "camera", "--debias", "mean"]), ("--steps", ["--motion", "x.safetensors"]),
+    ("WIDTHxHEIGHT", ["--size", "big"]), ("WIDTHxHEIGHT", ["--size", "0x32"]), ("WIDTHxHEIGHT", ["--size", "32"]),
+    ("multiples of 8", ["--size", "36x32"]), ("--frames", ["--frames", 1]), ("--frames", ["--frames", "many"]),
+    ("--steps", ["--steps", 0]), ("--lr", ["--lr", 0]), ("--lr", ["--lr", "nan"]), ("--noise-prior", ["--noise-prior", 2]),
+    ("--guidance", ["--guidance", "nan"]), ("--seed", ["--seed", -1]), ("--stride", ["--stride", 0]),
+    ("--fps", ["--fps", 0]), ("--snapshots", ["--snapshots", "3"]), ("--snapshots", ["--snapshots", "x"]),
+    ("levels", ["--levels", "1"]), ("levels", ["--levels", "7"]), ("--frobnicate", ["--frobnicate"]),
+    ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 0]), ("steps", ["--sample-steps", 1000]),
+    ("--device", ["--device", "gpu"]), ("--dtype", ["--dtype", "float8"])])
+def test_bad_flags(bad, match, arguments):
+    """Wrong values, contradictions, and flags that do not exist."""
+    bad(match, *arguments)
+
+
+def test_missing_prompts(bad):
+    bad("--source-prompt", shows=["--prompt", "a green circle"])
+    bad("--prompt", shows=["--source-prompt", "a red star"])
+
+
+def edit_json(**changes):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return change
+
+
+def edit_bytes(cut):
+    def change(path):
+        path.write_bytes(cut(path.read_bytes()))
+    return change
+
+
+def poison(path):
+    tensors = {key: value.clone() for key, value in mini_mi.load_tensors(path).items()}
+    tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    mini_mi.save_safetensors(path, tensors)
+
+
+class Evil:
+    """A pickle that makes a folder when it is opened without care."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def evil(path):
+    torch.save({"conv_in.weight": Evil(path.parent / "was-run")}, path.with_suffix(".bin"))
+    path.unlink()
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("name, change, match", [
+    ("unet/config.json", edit_json(use_magic=True, more=1), "more, use_magic"),
+    ("vae/config.json", edit_json(act_fn="relu"), "act_fn"), ("unet/config.json", edit_bytes(lambda b: b[:-9]), "JSON"),
+    ("unet/config.json", edit_json(block_out_channels=[32, 32]), "does not fit its config"),
+    ("vae/config.json", edit_json(layers_per_block=2), "tensors missing"),
+    ("scheduler/scheduler_config.json", edit_json(prediction_type="sample"), "prediction_type"),
+    ("text_encoder/config.json", edit_json(hidden_act="relu"), "hidden_act"),
+    (WEIGHTS, edit_bytes(lambda b: b[:len(b) // 2]), "truncated"), (WEIGHTS, edit_bytes(lambda b: b""), "safetensors"),
+    (WEIGHTS, edit_bytes(lambda b: b"\xff" * 7 + b"\x7f" + b[8:]), "header of 92"), (WEIGHTS, poison, "not finite"),
+    (WEIGHTS, evil, "refused"), (WEIGHTS, lambda path: path.unlink(), "holds neither"),
+    ("tokenizer/vocab.json", lambda path: path.unlink(), "vocab.json"),
+    ("tokenizer/merges.txt", lambda path: path.unlink(), "merges.txt")])
+def test_bad_models(bad, tmp_path, tiny_random, name, change, match):
+    """Config, weights and tokenizer, each damaged in its own way."""
+    model = shutil.copytree(tiny_random, tmp_path / "model")
+    change(model / name)
+    bad(match, model=model)
+    assert not list(tmp_path.rglob("was-run"))
+
+
+def test_unknown_models(bad, tmp_path, monkeypatch):
+    """A folder that is not there, one that is no model, and a repository that cannot be reached."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "folder").mkdir()
+    bad("no model folder", model="nosuch")
+    bad("no model folder", model=tmp_path / "folder")
+    bad("cannot fetch", model="owner/nosuch")
+
+
+def test_bad_motion_files(bad, tmp_path):
+    """Missing, damaged, code, NaN, of another model."""
+    small, shows = ["--frames", "4", "--size", "32x32", "--sample-steps", "2"], ["--prompt", "a green circle"]
+    motion = mini_mi.MotionEmbeddings(dict(UNET, block_out_channels=[64, 64]), 4, 4, 4)
+    motion.save(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-50])
+    next(motion.parameters()).data.fill_(float("inf"))
+    motion.save(tmp_path / "infinite.safetensors")
+    torch.save({"a.pos_embed": Evil(tmp_path / "was-run")}, tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, match in (("missing.safetensors", "does not exist"), ("cut.safetensors", "damaged"),
+                        ("infinite.safetensors", "not finite"), ("evil.pt", "refused"), ("text.pt", "refused"),
+                        ("other.safetensors", "do not fit the model")):
+        bad(match, "--motion", tmp_path / name, small=small, shows=shows)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_unwritable_output(start, capsys, tmp_path):
+    """A path below a regular file fails before the training, not after it."""
+    (tmp_path / "file").write_text("a file")
+    for out in ("file", "file/below"):
+        result, _ = start(out=out)
+        refused(capsys, result, tmp_path / "nothing", {}, "cannot write")
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_is_one_line_with_advice(capsys, error):
+    def job():
+        raise error
+    refused(capsys, mini_mi.guarded(job), ROOT / "nothing", {}, "--checkpointing")
+
+
+def test_faults_of_the_program_are_not_hidden():
+    """Only what the user can put right becomes one line."""
+    with pytest.raises(ZeroDivisionError):
+        mini_mi.guarded(lambda: 1 / 0)
+
+
+# Ctrl-C
+
+def test_interrupted_training_goes_on_where_it_was(start, clip, tiny_random, tmp_path):
+    """SIGINT keeps the state and says how to go on; the same command then ends as if nothing had happened."""
+    small = ["--frames", "2", "--size", "16x16", "--sample-steps", "1", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "mini_mi.py"), "--model", str(tiny_random), "--video", str(clip), *small,
+               *SHOWS, "--noise-prior", "0", "--out", str(tmp_path / "out"), "--steps", "100000"]
+    # A shell that runs the tests in the background may have them ignore SIGINT; the program must not inherit that.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        deadline = time.time() + 120
+        while not list((tmp_path / "out").glob("training-*.pt")) and time.time() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 2 and last.startswith("error: interrupted") and "again" in last
+    assert "Traceback" not in errors
+    state, = (tmp_path / "out").glob("training-*.pt")
+    done = len(torch.load(state, weights_only=True)["losses"])
+    assert done >= 25 and not (tmp_path / "out" / "motion.safetensors").exists()
+    steps = ["--steps", str(done + 3)]
+    (tmp_path / "whole").mkdir()
+    for out in ("out", "whole"):
+        assert start(small=small + steps, out=out)[0] == 0
+    losses = [json.loads((tmp_path / out / "run.json").read_text())["losses"] for out in ("out", "whole")]
+    assert len(losses[0]) == done + 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not state.exists()
+    assert gifs(tmp_path / "out") == gifs(tmp_path / "whole")
+
+
+def test_another_setting_does_not_continue_that_training(start, monkeypatch):
+    """The state's name holds what determines the training."""
+    seen = []
+    real = mini_mi.train_motion
+    monkeypatch.setattr(mini_mi, "train_motion", lambda *args, **kw: seen.append(kw["state"].name) or real(*args, **kw))
+    for change in ([], [], ["--seed", 1], ["--lr", 0.01], ["--loss", "debiased"], ["--no-mv"], ["--stride", 1]):
+        start(*change)
+    assert seen[0] == seen[1] and len(set(seen)) == 6
