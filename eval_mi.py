@@ -855,7 +855,7 @@ class Store:
             with np.load(path, allow_pickle=False) as file:          # a zip file: each array has a checksum
                 arrays = {name: file[name] for name in file.files}
             about = json.loads(str(arrays.pop("about")))
-            if about["key"] != key:
+            if about.pop("key") != key:
                 raise ValueError("it belongs to another key")
             return about, arrays
         except Exception as e:                                       # a damaged zip file raises a dozen types
@@ -875,6 +875,15 @@ def pick_device(name):
     return torch.device(name)
 
 
+def check_captions(clips):
+    """UserError for texts that the tiny world cannot show."""
+    for text in (text for clip in clips for text in (clip.caption, *clip.prompts)):
+        try:
+            world.attributes(text)
+        except ValueError as e:
+            raise mini_mi.UserError(f"{e}; the embedded model knows no other texts") from None
+
+
 class Lab:
     """Settings, clips, models and finished work in one place, and the steps from a clip to a judged cell.
 
@@ -891,6 +900,8 @@ class Lab:
         self.clip_name = settings.clip or str(own if own.is_dir() else "openai/clip-vit-base-patch32")
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
         self.in_world = self.clip_name == str(own)
+        if self.in_world:
+            check_captions(self.clips)
         self.store = Store(Path(settings.out) / "cells")
         s = settings
         parts = [self.model_folder / part for part in "unet vae text_encoder tokenizer scheduler".split()]
@@ -1063,11 +1074,10 @@ class Lab:
             self.store.write("score", self.score_key(cell), about, arrays)
 
     @functools.cache
-    def real_features(self, cell, which):
-        """CLIP features (F,D) of a rendered clip of the cell's prompt and a random motion; which: 0 or 1."""
-        scene = world.scene(int(digest("real", cell.clip.name, cell.place, cell.seed, which)[:8], 16),
-                            tuple(world.MOTIONS), cell.prompt)
-        frames = world.render(scene, self.settings.frames, cell.clip.frames.shape[1])
+    def real_features(self, prompt, *which):
+        """CLIP features (F,D) of a rendered clip of this prompt in random motion; which: names the draw."""
+        scene = world.scene(int(digest("real", *which)[:8], 16), tuple(world.MOTIONS), prompt)
+        frames = world.render(scene, self.settings.frames, self.clips[0].frames.shape[1])
         clip, _, preprocess = self.judge
         with torch.no_grad():
             return clip.image_features(preprocess(frames)).cpu().numpy()
@@ -1096,7 +1106,8 @@ class Lab:
         """MiB: on a GPU the most allocated since the reset, on the CPU the most of the process so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10                   # bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @dataclasses.dataclass
@@ -1282,7 +1293,7 @@ class FrechetToReal:
         lab = self.lab
         if not lab.in_world:
             return {c.name: lab.reference(c)["fid_features"] for c in lab.clips if c.name in self.groups}
-        return {g: np.concatenate([lab.real_features(s.cell, which) for s in self.of(g)])
+        return {g: np.concatenate([lab.real_features(s.cell.prompt, *s.key, which) for s in self.of(g)])
                 for g in self.groups}
 
     def pooled(self, groups):
@@ -1414,6 +1425,7 @@ def preference(votes, names):
 #   TUTORIAL FIGURES: what MQK does to the attention map, what debias does to MV
 # ===========================================================================================================
 
+@torch.no_grad()
 def look_inside(lab):
     """The first injected layer with the first clip's embeddings -> arrays, kept in a file; None before that.
 
@@ -1439,14 +1451,14 @@ def look_inside(lab):
         lambda module, inputs, output, part=part: seen.update({part: output})) for part in ("to_q", "to_k")]
     for motion.use_mqk in (False, True):
         mini_mi.predict(lab.models, noisy, t, mini_mi.encode_prompt(lab.models, [clip.caption]), motion)
-        q, k = (seen[part].detach().float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        q, k = (seen[part].float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)
                 for part in ("to_q", "to_k"))                                    # (H*W, heads, F, d_k)
         attention_map = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1))
         arrays["with_mqk" if motion.use_mqk else "without_mqk"] = attention_map.cpu().numpy()
     for hook in hooks:
         hook.remove()
     for name, mode in (("mv_raw", motion.train()), ("mv_debiased", motion.eval())):
-        m_v = mode.at(block, "attn1", latents.shape[2], grid)[1].detach()        # (1, H*W, F, C)
+        m_v = mode.at(block, "attn1", latents.shape[2], grid)[1]                 # (1, H*W, F, C)
         arrays[name] = m_v[0].norm(dim=-1).T.unflatten(1, grid).cpu().numpy()
     lab.store.write("figures", key, {"block": block, "clip": clip.name}, arrays)
     return arrays

@@ -1279,7 +1279,7 @@ def predict(models, x, t, text, motion=None):
 # ------------------------------------------------------------------------------------------------------------
 
 def motion_loss(kind, prediction, target, anchors):
-    """The loss of each clip, (M,), from prediction and target (M,C,F,H,W) and one anchor frame per clip (M,).
+    """The loss of each sample, (B,), from prediction and target (B,C,F,H,W) and one anchor frame each (B,).
 
     mse       || eps - eps_theta ||^2, averaged                                                        (Eq. 4)
     debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
@@ -1298,15 +1298,16 @@ def motion_loss(kind, prediction, target, anchors):
     raise UserError(f"loss = {kind!r} is not known; it takes mse or debiased")
 
 
-def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse", state=None, state_every=25,
-                 snapshots=(), on_snapshot=None, checkpointing=False, progress=True, **settings):
+def train_motion(models, latents, text, *, steps=200, lr=0.02, batch=1, seed=0, loss="mse", state=None,
+                 state_every=25, snapshots=(), on_snapshot=None, checkpointing=False, progress=True,
+                 **settings):
     """Learns the motion of M clips: latents (M,C,F,H,W), text (M,L,D) -> MotionEmbeddings, in eval mode.
 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
-    AdamW, constant learning rate, one noise level per clip and step. The loss is the mean per clip, summed
-    over clips, and every clip draws from a generator of its own: together equals alone. The result has
-    `losses` (steps, M).
+    AdamW, constant learning rate. Every step sees each clip at `batch` noise levels. The loss is the mean per
+    clip, summed over clips, and every clip draws from a generator of its own: together equals alone. The
+    result has `losses` (steps, M).
 
     state        file that keeps the training every `state_every` steps; an interrupted call goes on from it
     snapshots    steps after which on_snapshot(step, motion) is called, motion in eval mode
@@ -1326,22 +1327,24 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, seed=0, loss="mse
     if state and Path(state).exists():
         losses = _load_state(state, motion, optimizer, scaler, generators)
 
+    # Sample i of a batch belongs to clip i % M, hence the order: all clips, then all clips again, ...
+    x_0, text = latents.repeat(batch, 1, 1, 1, 1), text.repeat(batch, 1, 1)
     motion.train()
     models.unet.checkpointing = checkpointing
     bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
                disable=not progress)
     for step in bar:
         t, noise, anchors = [], [], []
-        for generator in generators:
+        for generator in generators * batch:
             t.append(torch.randint(models.scheduler.T, (), generator=generator))
             noise.append(torch.randn(latents.shape[1:], generator=generator))
             anchors.append(torch.randint(frames, (), generator=generator))
         t, noise, anchors = torch.stack(t), torch.stack(noise).to(latents), torch.stack(anchors)
 
-        x_t = models.scheduler.add_noise(latents, noise, t)
+        x_t = models.scheduler.add_noise(x_0, noise, t)
         prediction = predict(models, x_t, t.to(models.device), text, motion)
-        target = models.scheduler.target(latents, noise, t)
-        per_clip = motion_loss(loss, prediction, target, anchors)
+        target = models.scheduler.target(x_0, noise, t)
+        per_clip = motion_loss(loss, prediction, target, anchors).view(batch, clips).mean(0)
         if not per_clip.isfinite().all():
             raise UserError(f"the loss is not finite at step {step + 1}: "
                             f"lower --lr (now {lr}) or use --dtype float32")
@@ -1838,7 +1841,7 @@ def _gif(frames, fps):
     than it was; so the bytes around the frames are written here (GIF89a specification).
     """
     _, height, width, _ = frames.shape
-    some = frames.reshape(-1, 1, 3)[:: frames.size // 2**20 | 1]  # a third of a million pixels will do
+    some = frames.reshape(-1, 1, 3)[:: frames.size // 2**18 | 1]  # a hundred thousand pixels will do
     palette = Image.fromarray(np.ascontiguousarray(some)).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
     data = struct.pack("<6sHHBBB", b"GIF89a", width, height, 0xF7, 0, 0)  # 0xF7: 256 colours for all frames
     data += bytes(palette.getpalette()).ljust(768, b"\0")
@@ -1992,8 +1995,9 @@ HERE = Path(__file__).resolve().parent
 
 # What a model was trained for; options that are not given take these.
 MODEL_DEFAULTS = {
-    "tiny":  dict(frames=16, size="64x64",   fps=10, steps=150, sample_steps=25, guidance=3.0),
-    "other": dict(frames=24, size="576x320", fps=8,  steps=350, sample_steps=30, guidance=12.0),  # the paper
+    "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.1, batch=2, sample_steps=25, guidance=3.0),
+    "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, batch=1, sample_steps=30,
+                  guidance=12.0),                            # the paper's
 }
 
 
@@ -2028,7 +2032,8 @@ class Config:
                                         "as the authors do for camera motion", choices=("object", "camera"))
 
     steps: int = option(None, "training steps")
-    lr: float = option(0.02, "learning rate")
+    lr: float = option(None, "learning rate")
+    batch: int = option(None, "noise levels in every training step")
     loss: str = option("mse", "training loss", choices=("mse", "debiased"))
     snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100: "
                                   "early ones often leak less of the reference's looks", type=int)
@@ -2089,6 +2094,8 @@ def parse(argv=None):
                             type=str if repeatable else numbers if several else f.type)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
+    if config.motion and "debias" not in given:
+        config.debias = None  # as the motion file says
     for name, value in MODEL_DEFAULTS.get(config.model, MODEL_DEFAULTS["other"]).items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -2104,7 +2111,7 @@ def check(config, given):
 
     refuse(not (config.use_mqk or config.use_mv),
            "--no-mqk and --no-mv together leave nothing to train; drop one")
-    training = {"steps", "lr", "loss", "snapshots", "checkpointing", "levels", "mqk_dims", "mv_dims",
+    training = {"steps", "lr", "batch", "loss", "snapshots", "checkpointing", "levels", "mqk_dims", "mv_dims",
                 "debias_in_training"}
     clash = sorted(given & training) if config.motion else []
     refuse(clash, f"--motion reuses what was trained, so --{', --'.join(c.replace('_', '-') for c in clash)} "
@@ -2118,7 +2125,7 @@ def check(config, given):
            "--motion-type camera drops MV at inference, so --debias can have no effect; drop one")
     refuse(not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.size),
            f"--size {config.size}: give it as WIDTHxHEIGHT, 576x320")
-    for name, least in dict(frames=2, steps=1, sample_steps=1, fps=1, stride=1, seed=0).items():
+    for name, least in dict(frames=2, steps=1, batch=1, sample_steps=1, fps=1, stride=1, seed=0).items():
         value = getattr(config, name)
         refuse(value is not None and value < least,
                f"--{name.replace('_', '-')} {value}: it must be at least {least}")
@@ -2127,6 +2134,8 @@ def check(config, given):
     refuse(not math.isfinite(config.guidance), f"--guidance {config.guidance}: it must be a number")
     beyond = [s for s in config.snapshots if not 1 <= s <= config.steps]
     refuse(beyond, f"--snapshots {beyond[:1]}: training has steps 1 to {config.steps}")
+    refuse(not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device),
+           f"--device {config.device}: it takes auto, cpu or cuda")
     refuse(config.device.startswith("cuda") and not torch.cuda.is_available(),
            "--device cuda: no CUDA device is found here; use --device cpu")
     if config.device == "auto":
@@ -2196,16 +2205,10 @@ def run(config):
                     debias_in_training=config.debias_in_training)
     motion = (MotionEmbeddings.load(config.motion) if config.motion else
               MotionEmbeddings(model_config(config.model, "unet"), config.frames, *grid, **settings))
+    config.debias = motion.debias = config.debias or motion.debias
     print(describe(config, sum(p.numel() for p in motion.parameters())))
     if config.dry_run:
         return
-    # If out is no place to write to, this fails now, and not after the training.
-    with atomic_write(out / "run.json") as temporary:
-        if (out / "run.json").exists():
-            shutil.copy(out / "run.json", temporary)
-        else:
-            temporary.write_text("{}\n")
-
     clock, seconds = time.perf_counter(), {}
 
     def lap(name):
@@ -2221,18 +2224,24 @@ def run(config):
     reference = None
     if config.video:
         reference = read_video(config.video, config.frames, config.width_height, config.stride)
+    try:  # If out is no place to write to, or anything else cannot be, say so now and not after the training.
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
+    models.scheduler.timesteps(config.sample_steps)
+    motion.check_fits(models.unet.temporal_widths)
     lap("load")
     if reference is not None:
         latents = encode_video(models, to_model_range(reference), generator(stream=1_000_000))
     losses = None
     if config.motion:
         motion = motion.to(models.device)
-        motion.debias = config.debias
         motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
     else:
         # The state's name holds all that determines the training: no run continues another one's state.
-        key = repr([settings, config.lr, config.loss, config.seed, config.model, config.dtype,
+        key = repr([settings, config.lr, config.batch, config.loss, config.seed, config.model, config.dtype,
                     config.source_prompt])
         digest = hashlib.sha256(key.encode() + latents.cpu().numpy().tobytes()).hexdigest()
         state = out / f"training-{digest[:12]}.pt"
@@ -2243,8 +2252,8 @@ def run(config):
             motion.save(out / f"motion-step{step}.safetensors")
 
         motion = train_motion(models, latents, encode_prompt(models, [config.source_prompt]),
-                              steps=config.steps, lr=config.lr, seed=config.seed, loss=config.loss,
-                              state=state, snapshots=config.snapshots, on_snapshot=keep,
+                              steps=config.steps, lr=config.lr, batch=config.batch, seed=config.seed,
+                              loss=config.loss, state=state, snapshots=config.snapshots, on_snapshot=keep,
                               checkpointing=config.checkpointing, **settings)
         motion.source, losses = source, motion.losses[:, 0].tolist()
         motion.save(out / "motion.safetensors")

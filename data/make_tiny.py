@@ -1,15 +1,19 @@
 """Trains the embedded text-to-video model, data/tiny, on the tiny world of world.py.
 
-    python data/make_tiny.py                    all stages, one after the other, into out/tiny, then to data/tiny
+    python data/make_tiny.py                    all stages, one after the other; states in out/tiny
     python data/make_tiny.py --stage vae        one of them
+    python data/make_tiny.py --check            measures what was reached, some minutes (check_tiny.py)
 
-Every stage writes its state twice a minute and goes on from it after an interruption. A stage that starts without a
-state begins from data/tiny if that is there (`--fresh`: from random weights), so later sittings improve on earlier ones.
+Every stage writes its state twice a minute and goes on from it after an interruption, to the same weights
+as without one. A stage that starts without a state begins from data/tiny if that is there (`--fresh`: from
+random weights), so later sittings, each with a `--work` folder of its own, improve on earlier ones. A stage
+ends by writing its part of data/tiny and drawing data/curves.png anew. data/README.md tells why each is as it
+is.
 
     vae      the autoencoder                    L1 + MSE + 1e-5 KL on single frames
     clip     tiny CLIP, whose text tower is     contrastive: which caption belongs to which frame
              the video model's text encoder
-    images   the UNet on single frames          v-prediction, min-SNR weights: appearance is cheap to learn here
+    images   the UNet on single frames          v-prediction, min-SNR weights: appearance, cheaply
     clips8   the UNet on 8 frames               the same loss: motion
     clips    the UNet on 16 frames              the same loss
 """
@@ -25,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -40,15 +44,16 @@ VAE = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_ch
            block_out_channels=[16, 32, 64, 64], down_block_types=["DownEncoderBlock2D"] * 4,
            up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=8, sample_size=64,
            act_fn="silu", scaling_factor=1.0)
-TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=64,
-            max_position_embeddings=24, hidden_act="quick_gelu", layer_norm_eps=1e-5, model_type="clip_text_model")
-VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=64,
-              image_size=64, patch_size=8, num_channels=3, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-              model_type="clip_vision_model")
+TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+            projection_dim=64, max_position_embeddings=24, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+            model_type="clip_text_model")
+VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+              projection_dim=64, image_size=64, patch_size=8, num_channels=3, hidden_act="quick_gelu",
+              layer_norm_eps=1e-5, model_type="clip_vision_model")
 UNET = dict(_class_name="UNet3DConditionModel", sample_size=8, in_channels=4, out_channels=4,
             down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
-            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[64, 128], layers_per_block=1,
-            cross_attention_dim=128, attention_head_dim=16, norm_num_groups=32)
+            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[64, 128],
+            layers_per_block=1, cross_attention_dim=128, attention_head_dim=16, norm_num_groups=32)
 SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                  beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
                  prediction_type="v_prediction", timestep_spacing="leading", rescale_betas_zero_snr=False)
@@ -66,6 +71,7 @@ STAGES = {
     "clips8": (800, 16, 1e-3),
     "clips":  (1200, 8, 7e-4),
 }
+SAVE_EVERY = 30        # seconds between two states of a stage
 EMPTY = 0.1            # share of empty captions: guidance and the empty-prompt inversion need them
 
 
@@ -89,7 +95,9 @@ def psnr(a, b):
 def train(stage, model, loss_of, args, watch=None):
     """The loop of all stages: AdamW, warm-up and cosine, EMA, log, resumable state. Returns the EMA model.
 
-    loss_of(model, step, generator) -> (loss, {name: number}); watch(ema, path) draws a sheet of samples now and then.
+    loss_of(model, step, generator) -> (loss, {name: number}); it draws from the generator alone, so that a
+    stage that goes on from its state ends where it would have ended. watch(ema, path) draws a sheet of
+    samples now and then.
     """
     steps, _, peak = STAGES[stage]
     steps = max(1, int(steps * args.scale))
@@ -105,7 +113,8 @@ def train(stage, model, loss_of, args, watch=None):
         first = state["step"]
 
     def save(step):
-        state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+        state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(),
+                     optimizer=optimizer.state_dict())
         torch.save(state, state_file.with_suffix(".tmp"))
         state_file.with_suffix(".tmp").replace(state_file)
 
@@ -126,7 +135,7 @@ def train(stage, model, loss_of, args, watch=None):
             bar.set_postfix(loss=f"{loss.item():.4f}", **{k: f"{v:.3g}" for k, v in numbers.items()})
             with open(log_file, "a") as f:
                 print(json.dumps(dict(step=step, loss=loss.item(), **numbers, time=time.time())), file=f)
-        if time.time() - saved > 30 or step + 1 == steps:
+        if time.time() - saved > SAVE_EVERY or step + 1 == steps:
             save(step + 1)
             saved = time.time()
         if watch and ((step + 1) % 1000 == 0 or step + 1 == steps):
@@ -140,13 +149,13 @@ def train_vae(args):
     held, _ = pool(16, seed=2, motions=world.HELDOUT_MOTIONS)
     held = pixels(held[:, ::5].flatten(0, 1), args.device)
     batch = STAGES["vae"][1]
-    model = load_part(mini_mi.AutoencoderKL(VAE), "vae", fresh=args.fresh).to(args.device)
+    model = load_part(args, mini_mi.AutoencoderKL(VAE), "vae").to(args.device)
 
     def loss_of(model, step, generator):
         x = pixels(frames[torch.randint(len(frames), (batch,), generator=generator)], args.device)
         with torch.autocast(args.device.type, torch.bfloat16):
             mean, logvar = model.encode(x)
-            z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(mean)
             y = model.decode(z).float()
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -156,21 +165,23 @@ def train_vae(args):
     @torch.no_grad()
     def watch(model, path):
         y = model.decode(model.encode(held)[0])
-        rows = torch.stack([held, y], 1).clamp(-1, 1)[:12].flatten(0, 1)                 # real, decoded, real, ...
+        rows = torch.stack([held, y], 1).clamp(-1, 1)[:12].flatten(0, 1)         # real, decoded, real, ...
         sheet = rows.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         Image.fromarray(((sheet + 1) * 127.5).round().byte().cpu().numpy()).save(path)
         print(f"\n{path.name}: PSNR on held-out motions {psnr(y, held):.2f} dB", flush=True)
 
     model = train("vae", model, loss_of, args, watch)
-    with torch.no_grad():                            # the diffusion model wants latents of standard deviation 1
-        spread = torch.cat([model.encode(x)[0] for x in pixels(frames[::97], args.device).split(64)]).std().item()
-    write_part("vae", model, {**VAE, "scaling_factor": round(1 / spread, 5)})
+    with torch.no_grad():                        # the diffusion model wants latents of standard deviation 1
+        some = pixels(frames[::97], args.device).split(64)
+        spread = torch.cat([model.encode(x)[0] for x in some]).std().item()
+    write_part(args, "vae", model, {**VAE, "scaling_factor": round(1 / spread, 5)})
 
 
 def make_tokenizer(folder):
-    """Byte-pair merges trained on the world's captions until every word is one token; other words fall into pieces.
+    """Byte-pair merges, trained on the world's captions until each of their words is one token.
 
-    Writes vocab.json, merges.txt and the two config files into `folder`; returns the tokenizer and its vocabulary.
+    Other words fall into pieces. Writes vocab.json, merges.txt and the two config files into `folder`;
+    returns the tokenizer and its vocabulary.
     """
     alphabet = list(mini_mi.byte_alphabet().values())
     words = {}
@@ -190,10 +201,12 @@ def make_tokenizer(folder):
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), *SPECIAL.values()]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     write_json(folder / "vocab.json", vocab)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     write_json(folder / "special_tokens_map.json", SPECIAL)
     write_json(folder / "tokenizer_config.json",
-               dict(SPECIAL, model_max_length=TEXT["max_position_embeddings"], tokenizer_class="CLIPTokenizer"))
+               dict(SPECIAL, model_max_length=TEXT["max_position_embeddings"],
+                    tokenizer_class="CLIPTokenizer"))
     return mini_mi.CLIPTokenizer.from_pretrained(folder), vocab
 
 
@@ -212,30 +225,33 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_part(name, module, config, stem="diffusion_pytorch_model"):
-    """data/tiny/NAME: config.json and the weights in float16."""
-    write_json(TINY / name / "config.json", config)
-    mini_mi.save_safetensors(TINY / name / f"{stem}.safetensors", {k: v.half() for k, v in module.state_dict().items()})
+def write_part(args, name, module, config, stem="diffusion_pytorch_model"):
+    """NAME/ of the model folder: config.json and the weights in float16."""
+    write_json(args.to / name / "config.json", config)
+    weights = {k: v.half() for k, v in module.state_dict().items()}
+    mini_mi.save_safetensors(args.to / name / f"{stem}.safetensors", weights)
 
 
-def load_part(model, name, stem="diffusion_pytorch_model", fresh=False):
-    """Weights of the committed checkpoint into `model`, if there are any."""
-    path = TINY / name / f"{stem}.safetensors"
-    if path.exists() and not fresh:
+def load_part(args, model, name, stem="diffusion_pytorch_model"):
+    """Weights of the checkpoint that is there into `model`, if there are any."""
+    path = args.to / name / f"{stem}.safetensors"
+    if path.exists() and not args.fresh:
         model.load_state_dict({k: v.float() for k, v in mini_mi.load_tensors(path).items()})
-        print(f"{name}: goes on from {path.relative_to(HERE.parent)}")
+        print(f"{name}: goes on from {path}")
     return model
 
 
 def train_clip(args):
     """Frame against all captions at once: a contrastive loss whose negatives are every other appearance."""
-    tokenizer, vocab = make_tokenizer(TINY / "clip")
-    make_tokenizer(TINY / "tokenizer")
+    tokenizer, vocab = make_tokenizer(args.to / "clip")
+    make_tokenizer(args.to / "tokenizer")
     ends = dict(vocab_size=len(vocab), bos_token_id=vocab[SPECIAL["bos_token"]], eos_token_id=tokenizer.eos,
                 pad_token_id=tokenizer.pad)
     config = dict(model_type="clip", projection_dim=64, text_config={**TEXT, **ends}, vision_config=VISION,
                   logit_scale_init_value=2.6592)
-    model = load_part(eval_mi.CLIPModel(config), "clip", "model", args.fresh).to(args.device)
+    model = load_part(args, eval_mi.CLIPModel(config), "clip", "model").to(args.device)
+    if (args.to / "unet").exists() and not args.fresh:
+        model.text_model.requires_grad_(False)       # a UNet that has learned to read it would lose its reading
     captions = world.all_captions()
     ids = tokenizer(captions).to(args.device)
     clips, labels = pool(args.pool, seed=3)
@@ -243,7 +259,8 @@ def train_clip(args):
     held, held_labels = pool(40, seed=4, motions=world.HELDOUT_MOTIONS)
     held_labels = torch.tensor([captions.index(c) for c in held_labels])
     batch = STAGES["clip"][1]
-    mean, std = (torch.tensor(v, device=args.device).view(3, 1, 1) for v in (eval_mi.CLIP_MEAN, eval_mi.CLIP_STD))
+    mean, std = (torch.tensor(v, device=args.device).view(3, 1, 1)
+                 for v in (eval_mi.CLIP_MEAN, eval_mi.CLIP_STD))
 
     def logits(model, x):
         x = model.image_features(((x + 1) / 2 - mean) / std)
@@ -253,14 +270,17 @@ def train_clip(args):
         pick = torch.randint(len(clips), (batch,), generator=generator)
         frame = torch.randint(world.FRAMES, (batch,), generator=generator)
         x = pixels(clips[pick, frame], args.device)
-        # Decoded and sampled frames are softer and noisier than rendered ones: half of the batch is blurred, all of it
-        # gets some noise.
+        # Decoded and sampled frames are softer and noisier than rendered ones: half of the batch is blurred,
+        # all of it gets some noise.
         soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
         x = torch.where(torch.rand(batch, 1, 1, 1, generator=generator).to(x.device) < 0.5, soft, x)
-        x = x + 0.1 * torch.rand(batch, 1, 1, 1).to(x.device) * torch.randn_like(x)
-        scores = model.logit_scale.exp().clamp(max=20) * logits(model, x)
+        strength = 0.1 * torch.rand(batch, 1, 1, 1, generator=generator)
+        x = x + (strength * torch.randn(x.shape, generator=generator)).to(x.device)
+        with torch.autocast(args.device.type, torch.bfloat16):
+            scores = model.logit_scale.exp().clamp(max=20) * logits(model, x)
         target = labels[pick].to(args.device)
-        return F.cross_entropy(scores, target), dict(accuracy=(scores.argmax(1) == target).float().mean().item())
+        right = (scores.argmax(1) == target).float().mean().item()
+        return F.cross_entropy(scores.float(), target), dict(accuracy=right)
 
     @torch.no_grad()
     def watch(model, path):
@@ -271,17 +291,22 @@ def train_clip(args):
 
     model = train("clip", model, loss_of, args, watch)
     model.logit_scale.clamp_(max=math.log(20))
-    write_part("clip", model, config, "model")
+    write_part(args, "clip", model, config, "model")
     text = mini_mi.CLIPTextModel({**TEXT, **ends})
     text.text_model.load_state_dict(model.text_model.state_dict())
-    write_part("text_encoder", text, {**TEXT, **ends, "architectures": ["CLIPTextModel"]}, "model")
+    write_part(args, "text_encoder", text, {**TEXT, **ends, "architectures": ["CLIPTextModel"]}, "model")
 
 
 def latent_pool(args, seed):
-    """Latents (N,4,16,8,8) in float16 and captions of `args.pool` clips; kept in a file, since encoding takes minutes."""
+    """Models; latents (N,4,16,8,8) in float16 and captions of `args.pool` clips.
+
+    The latents are kept in a file, since encoding takes minutes; an autoencoder written since then replaces
+    them.
+    """
     path = args.work / f"latents-{seed}-{args.pool}.pt"
-    models = mini_mi.load_models(TINY, args.device)
-    if not path.exists():
+    vae = args.to / "vae" / "diffusion_pytorch_model.safetensors"
+    models = mini_mi.load_models(args.to, args.device)
+    if not path.exists() or path.stat().st_mtime < vae.stat().st_mtime:
         clips, captions = pool(args.pool, seed)
         latents = [mini_mi.encode_video(models, mini_mi.to_model_range(clip.numpy())).half().cpu()
                    for clip in tqdm(clips, desc="encoding", unit="clip", leave=False)]
@@ -293,8 +318,8 @@ def latent_pool(args, seed):
 def train_unet(stage, args):
     """v-prediction with min-SNR weights (arXiv 2303.09556) on 1, 8 or 16 frames of the latent clips."""
     frames = {"images": 1, "clips8": 8, "clips": 16}[stage]
-    if stage == "images" and (args.fresh or not (TINY / "unet").exists()):
-        write_part("unet", mini_mi.UNet3DConditionModel(UNET), UNET)
+    if stage == "images" and (args.fresh or not (args.to / "unet").exists()):
+        write_part(args, "unet", mini_mi.UNet3DConditionModel(UNET), UNET)
     models, latents, captions = latent_pool(args, seed=5)
     every = world.all_captions()
     texts = mini_mi.encode_prompt(models, [*every, ""])
@@ -322,35 +347,113 @@ def train_unet(stage, args):
     @torch.no_grad()
     def watch(unet, path):
         models.unet, prompts = unet, every[7::53]
-        noise = torch.randn(len(prompts), 4, frames, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+        noise = torch.randn(len(prompts), 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
         text, negative = (mini_mi.encode_prompt(models, p) for p in (prompts, [""] * len(prompts)))
-        x = mini_mi.sample(models, noise, text, negative, steps=20, guidance=3.0, progress=False)
+        x = mini_mi.sample(models, noise.to(device), text, negative, steps=20, guidance=3.0, progress=False)
         rows = [(p, mini_mi.to_uint8(v)) for p, v in zip(prompts, mini_mi.decode_video(models, x))]
         mini_mi.contact_sheet(rows).save(path)
 
-    write_part("unet", train(stage, unet, loss_of, args, watch), UNET)
+    write_part(args, "unet", train(stage, unet, loss_of, args, watch), UNET)
 
 
-def main():
+# -------------------------------------------------------------------------------------------- training curves
+
+def read_log(file):
+    """A stage's log -> its entries by rising step, and the minutes of training.
+
+    After an interruption a stage repeats the steps since its last state: their later entries count. The time
+    between two sittings does not: no gap counts for more than ten times the usual one.
+    """
+    entries = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    gaps = np.diff([e["time"] for e in entries])
+    minutes = float(np.minimum(gaps, 10 * np.median(gaps)).sum()) / 60 if len(gaps) else 0.0
+    last = {e["step"]: e for e in entries}
+    return [last[step] for step in sorted(last)], minutes
+
+
+def draw_curves(work, file=HERE / "curves.png"):
+    """Small multiples of all logs in `work`: a column per stage, its loss above, its second number below."""
+    files = {stage: work / f"{stage}.jsonl" for stage in STAGES}
+    logs = {stage: read_log(file) for stage, file in files.items() if file.exists()}
+    zoom, width, height = 2, 300, 210       # drawn at twice the size, then reduced: PIL does not antialias
+    image = Image.new("RGB", (width * max(1, len(logs)) * zoom, (2 * height + 28) * zoom), "white")
+    draw, font, bold = ImageDraw.Draw(image), *(ImageFont.load_default(size * zoom) for size in (12, 14))
+    for column, (stage, (entries, minutes)) in enumerate(logs.items()):
+        title = f"{stage}: {minutes:.0f} min"
+        draw.text(((width * column + 56) * zoom, 8 * zoom), title, mini_mi.INK, bold)
+        for row, name in enumerate([key for key in entries[0] if key not in ("step", "time")][:2]):
+            corner = ((width * column + 56) * zoom, (28 + height * row + 26) * zoom)
+            curve(draw, font, zoom, corner, (width - 76, height - 58), entries, name)
+    image = image.resize([side // zoom for side in image.size], Image.Resampling.LANCZOS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.quantize(64).save(file, optimize=True)
+
+
+def curve(draw, font, zoom, corner, size, entries, name):
+    """One panel: pale dots, their moving average as a line. Losses have a logarithmic axis."""
+    (left, top), (width, height) = corner, (side * zoom for side in size)
+    steps, values = (np.array([e[key] for e in entries], dtype=float) for key in ("step", name))
+    log = name in ("loss", "mse", "kl")
+    scale = np.log10 if log else np.asarray
+    heights = scale(values)
+    window = np.ones(5 if len(values) >= 10 else 1)         # the log holds single batches, which scatter
+    mean = np.convolve(heights, window) / np.convolve(np.ones_like(heights), window)
+    mean = mean[len(window) // 2:][:len(heights)]
+    margin = 0.04 * np.ptp(heights) + 1e-3
+    low, high = (0, 1) if name == "accuracy" else (heights.min() - margin, heights.max() + margin)
+
+    def place(step, value):
+        return left + width * step / max(1, steps[-1]), top + height * (1 - (value - low) / (high - low))
+
+    ticks = mini_mi._ticks(low, high)
+    if log:
+        ticks = [n * 10.0 ** power for power in range(-6, 3) for n in range(1, 10)]
+        ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
+        if high - low > 0.6:                                # more than a factor of 4: 1, 2, 5 will do
+            ticks = [tick for tick in ticks if f"{tick:e}"[0] in "125"]
+    for tick in ticks:
+        y = place(0, scale(tick))[1]
+        draw.line((left, y, left + width, y), mini_mi.PALE, zoom)
+        draw.text((left - 6 * zoom, y), f"{tick:.3g}", mini_mi.GREY, font, anchor="rm")
+    for tick in (0, steps[-1]):
+        x = place(tick, low)[0]
+        draw.text((x, top + height + 5 * zoom), f"{tick:,.0f}", mini_mi.GREY, font, anchor="mt")
+    draw.line((left, top + height, left + width, top + height), mini_mi.GREY, zoom)
+    for x, y in map(place, steps, heights):
+        draw.ellipse((x - 2 * zoom, y - 2 * zoom, x + 2 * zoom, y + 2 * zoom), mini_mi.SKY)
+    draw.line(list(map(place, steps, mean)), mini_mi.BLUE, 2 * zoom, joint="curve")
+    units = {"psnr": "PSNR, dB", "mse": "error without weights"}
+    draw.text((left, top - 18 * zoom), units.get(name, name), mini_mi.INK, font)
+
+
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    p.add_argument("--work", type=Path, default=HERE.parent / "out" / "tiny", help="folder for states, logs, sheets")
+    p.add_argument("--work", type=Path, default=HERE.parent / "out" / "tiny",
+                   help="folder for states, logs and sheets")
+    p.add_argument("--to", type=Path, default=TINY, help="the model folder; curves.png is drawn beside it")
     p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
     p.add_argument("--pool", type=int, default=5000, help="clips rendered to draw from")
-    p.add_argument("--fresh", action="store_true", help="begin from random weights, not from data/tiny")
-    args = p.parse_args()
+    p.add_argument("--fresh", action="store_true", help="begin from random weights")
+    p.add_argument("--check", action="store_true", help="train nothing: measure the model folder")
+    args = p.parse_args(argv)
+    if args.check:
+        import check_tiny                               # here, since training needs none of it
+        check_tiny.check(args.to, args.device)
+        return
     args.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    write_json(TINY / "model_index.json", PIPELINE)
-    write_json(TINY / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(args.to / "model_index.json", PIPELINE)
+    write_json(args.to / "scheduler" / "scheduler_config.json", SCHEDULER)
     for stage in STAGES if args.stage == "all" else [args.stage]:
+        torch.manual_seed(0)                            # a stage's first weights, whatever ran before it
         if stage == "vae":
             train_vae(args)
         elif stage == "clip":
             train_clip(args)
         else:
             train_unet(stage, args)
+        draw_curves(args.work, args.to.parent / "curves.png")
 
 
 if __name__ == "__main__":

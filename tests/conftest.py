@@ -23,7 +23,8 @@ VAE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=
            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
            layers_per_block=1, norm_num_groups=8)
 UNET = dict(in_channels=4, out_channels=4, down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
-            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[32, 64], layers_per_block=1,
+            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[32, 64],
+            layers_per_block=1,
             cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8, sample_size=4)
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=16, hidden_act="quick_gelu")
@@ -68,7 +69,8 @@ def train_bpe(text, merges):
                 i += width
             words[tuple(joined)] += words.pop(word)
     letters = list(alphabet.values())
-    tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, found), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, found), "<|startoftext|>",
+              "<|endoftext|>"]
     return {token: n for n, token in enumerate(dict.fromkeys(tokens))}, found
 
 

@@ -2,7 +2,6 @@
 import csv
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -49,7 +48,7 @@ def arguments(model, out, *more):
 
 def command(model, out, *more, ranks=1):
     """The command line as a user types it, for a process of its own."""
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"] if ranks > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *launch, str(ROOT / "eval_mi.py"), *arguments(model, out, *more)]
 
 
@@ -170,7 +169,7 @@ def test_an_interrupted_run_goes_on_and_equals_one_that_was_not(finished, model,
 
 def test_two_ranks_give_the_table_of_one(finished, model, tmp_path):
     out = tmp_path / "out"
-    subprocess.run(command(model, out, ranks=2), check=True, capture_output=True, timeout=300)
+    subprocess.run(command(model, out, ranks=2), check=True, capture_output=True, timeout=600)
     assert sum(name.startswith("score") for name in cells(out)) == CELLS
     assert_same(table(out), table(finished))
 
@@ -284,13 +283,14 @@ def test_bad_input_is_one_line_and_status_2(finished, model, capsys, more, said)
     assert error.startswith("error: ") and "\n" not in error and said in error
 
 
-@pytest.mark.parametrize("text, said", [
-    ("participant,choice\np,full\n", "columns"), ("\x00\xff", "columns"),
-    ("participant,scene,options,choice,check\np,s,full|base,vae,\n", "line 2: 'vae'")])
-def test_bad_votes(tmp_path, text, said):
-    (tmp_path / "votes.csv").write_text(text)
-    with pytest.raises(mini_mi.UserError, match=said) if "\x00" not in text else pytest.raises(mini_mi.UserError):
-        assert not eval_mi.read_votes(tmp_path / "votes.csv")
+@pytest.mark.parametrize("content, said", [
+    (b"participant,choice\np,full\n", "columns"), (b"\xff\xfe\x00", "cannot be read"),
+    (b"participant,scene,options,choice,check\np,s,full|base,vae,\n", "line 2: 'vae'"),
+    (b"participant,scene,options,choice,check\np,s,full|base\n", "columns")])
+def test_bad_votes(tmp_path, content, said):
+    (tmp_path / "votes.csv").write_bytes(content)
+    with pytest.raises(mini_mi.UserError, match=said):
+        eval_mi.read_votes(tmp_path / "votes.csv")
 
 
 @pytest.mark.parametrize("index, said", [
@@ -301,6 +301,14 @@ def test_bad_clips_json(model, tmp_path, capsys, index, said):
     more = ("--clips", str(tmp_path), "--clip-count", "1")
     assert eval_mi.main(arguments(model, tmp_path / "out", *more)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_texts_that_the_tiny_world_cannot_show(model, tmp_path, capsys):
+    shutil.copy(ROOT / "data" / "clips" / "spiral.webp", tmp_path)
+    entry = {"caption": "a dog on a sofa", "prompts": ["a red star on a teal plain background"]}
+    (tmp_path / "clips.json").write_text(json.dumps({"spiral": entry}))
+    assert eval_mi.main(arguments(model, tmp_path / "out", "--clips", str(tmp_path), "--clip-count", "1")) == 2
+    assert "a dog on a sofa" in capsys.readouterr().err
 
 
 def test_report_of_nothing_says_so(model, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The paper's part: motion embeddings, held against the authors' own code, by hand and by what they promise."""
+"""The paper's part: motion embeddings, held against the authors' code, by hand and by promise."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,8 @@ def unet():
 
 def inputs(batch=1, frames=4, height=4, width=4):
     torch.manual_seed(7)
-    return torch.randn(batch, 4, frames, height, width), torch.randint(0, 1000, (batch,)), torch.randn(batch, 5, 32)
+    x, t = torch.randn(batch, 4, frames, height, width), torch.randint(0, 1000, (batch,))
+    return x, t, torch.randn(batch, 5, 32)
 
 
 def make(frames=4, height=4, width=4, config=UNET, **settings):
@@ -103,7 +104,7 @@ def test_zero_embeddings_are_the_plain_unet_bit_for_bit(unet, settings, training
 
 
 def test_one_block_by_hand():
-    """Eq. 3 written out for both attentions: MQK into queries and keys, MV into values, on the normed input."""
+    """Eq. 3 written out for both attentions: MQK into queries and keys, MV into values, on the norm."""
     torch.manual_seed(0)
     frames, height, width, channels, heads = 5, 2, 3, 32, 4
     block = randomise(mini_mi.TemporalTransformerBlock(channels, heads, 8))
@@ -138,7 +139,7 @@ def test_mqk_is_shared_and_mv_is_not(unet):
         assert torch.equal(m_v[0], mini_mi.debias(motion.state_dict()[f"{BLOCK}.{part}.vSpatial"], "diff"))
     keys = [key.removeprefix(f"{BLOCK}.") for key in motion.state_dict() if key.startswith(BLOCK)]
     assert sorted(keys) == ["attn1.vSpatial", "attn2.vSpatial", "pos_embed"]
-    # Either attention alone would react to it: with the output of one silenced, MQK still acts through the other.
+    # With the output of one attention silenced, MQK still acts through the other.
     x, t, text = inputs()
     motion.use_mv = False
     block = unet.get_submodule(BLOCK)
@@ -192,7 +193,8 @@ def test_debias_is_for_inference_unless_it_is_wanted_in_training(mode):
     ({}, {"pos_embed": (1, 4, 32), "attn1.vSpatial": (20, 4, 32), "attn2.vSpatial": (20, 4, 32)}),
     (dict(mqk_dims=2, mv_dims=1),
      {"pos_embed": (20, 4, 32), "attn1.vSpatial": (1, 4, 32), "attn2.vSpatial": (1, 4, 32)}),
-    (dict(mqk_dims=2), {"pos_embed": (20, 4, 32), "attn1.vSpatial": (20, 4, 32), "attn2.vSpatial": (20, 4, 32)}),
+    (dict(mqk_dims=2), {"pos_embed": (20, 4, 32), "attn1.vSpatial": (20, 4, 32),
+                        "attn2.vSpatial": (20, 4, 32)}),
     (dict(use_mqk=False), {"attn1.vSpatial": (20, 4, 32), "attn2.vSpatial": (20, 4, 32)}),
     (dict(use_mv=False), {"pos_embed": (1, 4, 32)}),
     (dict(use_mv=False, mqk_dims=2), {"pos_embed": (20, 4, 32)})])
@@ -323,7 +325,8 @@ def test_files_that_are_no_motion_are_refused(unet, tmp_path):
     mini_mi.save_safetensors(tmp_path / "other.safetensors", {"conv.weight": torch.zeros(1, 2, 3)})
     mini_mi.save_safetensors(tmp_path / "flat.safetensors", {f"{BLOCK}.pos_embed": torch.zeros(4, 32)})
     for text in ("{", "[1]", '{"grids": 3}', '{"frames": "x", "grids": {"a": 1}}'):
-        mini_mi.save_safetensors(tmp_path / f"{len(text)}.safetensors", make().state_dict(), {"mini_mi": text})
+        mini_mi.save_safetensors(tmp_path / f"{len(text)}.safetensors", make().state_dict(),
+                                 {"mini_mi": text})
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(mini_mi.UserError) as caught:
             mini_mi.MotionEmbeddings.load(path)
@@ -342,8 +345,9 @@ def test_switches_act_after_loading(unet, tmp_path):
     make().save(path)
     motion, (x, t, text) = mini_mi.MotionEmbeddings.load(path), inputs()
     outs = {}
-    for name, change in dict(full={}, no_mv=dict(use_mv=False), no_mqk=dict(use_mqk=False), raw=dict(debias="none"),
-                             nothing=dict(use_mqk=False, use_mv=False)).items():
+    changes = dict(full={}, no_mv=dict(use_mv=False), no_mqk=dict(use_mqk=False), raw=dict(debias="none"),
+                   nothing=dict(use_mqk=False, use_mv=False))
+    for name, change in changes.items():
         for key, value in {**dict(use_mqk=True, use_mv=True, debias="diff"), **change}.items():
             setattr(motion, key, value)
         outs[name] = unet(x, t, text, motion)
@@ -368,7 +372,7 @@ def test_interpolation_is_the_identity_at_its_own_size():
 
 @pytest.mark.parametrize("frames, grid", [(16, (4, 6)), (8, (8, 12)), (4, (4, 6)), (8, (2, 3)), (16, (7, 9))])
 def test_linear_functions_are_interpolated_exactly(frames, grid):
-    """With align_corners=False, sample i of n lies at (i + 1/2) / n; away from the borders linear stays linear."""
+    """With align_corners=False, sample i of n lies at (i + 1/2) / n; inside, linear stays linear."""
     motion = mini_mi.MotionEmbeddings(UNET, 8, 4, 6).train()
 
     def ramp(frames, height, width):
@@ -386,7 +390,7 @@ def test_linear_functions_are_interpolated_exactly(frames, grid):
     assert place.sum() >= frames // 2
     assert torch.allclose(m_v[0][place], expected[place], rtol=1e-5, atol=1e-4)
     assert torch.allclose(m_qk[0][0, t], ramp(frames, 1, 1)[0, t], rtol=1e-5, atol=1e-4)
-    # Debias comes after, on the frames that are used: a ramp gets constant differences of the new frame distance.
+    # Debias comes after, on the frames that are used.
     debiased = motion.eval().at(BLOCK, "attn1", frames, grid)[1][0]
     assert torch.equal(debiased, mini_mi.debias(m_v[0], "diff"))
 
@@ -456,8 +460,8 @@ def test_batches_that_clips_do_not_divide_are_refused(unet, tmp_path):
         make(clips=2).save(tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
     make(clips=2).clip(1).save(tmp_path / "m.safetensors")
-    assert torch.equal(mini_mi.MotionEmbeddings.load(tmp_path / "m.safetensors").state_dict()[f"{BLOCK}.pos_embed"],
-                       make(clips=2).state_dict()[f"{BLOCK}.pos_embed"][1])
+    again, key = mini_mi.MotionEmbeddings.load(tmp_path / "m.safetensors").state_dict(), f"{BLOCK}.pos_embed"
+    assert torch.equal(again[key], make(clips=2).state_dict()[key][1])
 
 
 def test_one_clip_serves_a_whole_batch(unet):
@@ -475,7 +479,8 @@ def test_gradients_stop_at_the_first_injected_layer(unet):
     seen = {}
     hooks = [unet.get_submodule(name).register_forward_hook(
                  lambda module, args, out, name=name: seen.update({name: out.requires_grad}))
-             for name in ("transformer_in", "down_blocks.0.attentions.0", "down_blocks.0.temp_attentions.0", "mid_block")]
+             for name in ("transformer_in", "down_blocks.0.attentions.0", "down_blocks.0.temp_attentions.0",
+                          "mid_block")]
     unet(x, t, text, motion).sum().backward()
     for hook in hooks:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Text encoder, autoencoder, UNet and DDIM against diffusers and transformers, on weights that no one trained."""
+"""Text encoder, autoencoder, UNet and DDIM against diffusers and transformers, on random weights."""
 
 import json
 import shutil
@@ -31,7 +31,8 @@ def test_text_encoder_equals_transformers(act, width, heads, layers, length):
                                          num_hidden_layers=layers, num_attention_heads=heads, hidden_act=act,
                                          max_position_embeddings=length, layer_norm_eps=1e-4)
     reference = randomise(transformers.CLIPTextModel(config).eval())
-    weights = {f"text_model.{key.removeprefix('text_model.')}": v for key, v in reference.state_dict().items()}
+    weights = {f"text_model.{key.removeprefix('text_model.')}": value
+               for key, value in reference.state_dict().items()}
     ours = mini_mi.CLIPTextModel(config.to_dict()).eval()
     ours.load_state_dict(weights, strict=True)
     for tokens in (length, length - 2):
@@ -210,7 +211,8 @@ def test_steps_that_leave_the_schedule_are_refused():
     for n in (1000, 1001, 0, -3):
         with pytest.raises(mini_mi.UserError):
             scheduler.timesteps(n)
-    assert mini_mi.DDIMScheduler(dict(SCHEDULER, steps_offset=0)).timesteps(1000).tolist() == list(range(999, -1, -1))
+    scheduler = mini_mi.DDIMScheduler(dict(SCHEDULER, steps_offset=0))
+    assert scheduler.timesteps(1000).tolist() == list(range(999, -1, -1))
 
 
 # Configs and files
@@ -252,12 +254,13 @@ def test_a_pipeline_saved_by_diffusers_loads(tmp_path, tiny_random):
     """Every file is written by the reference libraries; all parts give what they give."""
     torch.manual_seed(0)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tiny_random / "tokenizer")
-    text = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, vocab_size=len(tokenizer))))
+    config = transformers.CLIPTextConfig(**TEXT, vocab_size=len(tokenizer))
+    text = randomise(transformers.CLIPTextModel(config))
     vae, unet = diffusers.AutoencoderKL(**VAE), diffusers.UNet3DConditionModel(**UNET)
     pipe = diffusers.TextToVideoSDPipeline(randomise(vae), text.eval(), tokenizer, randomise(unet).eval(),
                                            diffusers.DDIMScheduler(**SCHEDULER))
     pipe.save_pretrained(tmp_path / "saved")
-    shutil.rmtree(tmp_path / "saved" / "tokenizer")  # transformers 5 writes tokenizer.json instead of vocab and merges
+    shutil.rmtree(tmp_path / "saved" / "tokenizer")  # transformers 5 writes another form
     shutil.copytree(tiny_random / "tokenizer", tmp_path / "saved" / "tokenizer")
     models = mini_mi.load_models(tmp_path / "saved")
     assert not any(p.requires_grad for p in models.unet.parameters()) and not models.unet.training

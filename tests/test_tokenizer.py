@@ -11,23 +11,31 @@ from conftest import ROOT, SPECIAL, train_bpe, write_tokenizer
 import mini_mi
 
 NASTY = [
-    "", " ", " \t\n\r\u00a0\u2003\u3000 ", "a", "!", "wow!!!", "wow !!! ! x!y", "a red star on a blue striped background",
+    "", " ", " \t\n\r\u00a0\u2003\u3000 ", "a", "!", "wow!!!", "wow !!! ! x!y",
+    "a red star on a blue striped background",
     "A Photo of TWO Cats, 4K; 100% sharp...", "it's they're i'd we've you'll i'm 'tis rock'n'roll 'S 'T",
     "x" * 300, "the quick brown fox " * 60, "0123456789 3.14 1,000,000 x2y ²½ ٣ Ⅷ",
-    "🙂", "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag", "a🚀b 🚀🚀", "e\u0301 = é, n\u0303o, Z\u0351\u036b\u0343\u0346alg\u0319o",
-    "&amp; &lt;b&gt; &amp;amp; &amp;lt; &quot;q&quot; &#39;s &#x1F600; &eacute; &nosuch; &#0; AT&T", "日本語のテキスト、中文字符。 한국어",
-    "naïve façade — “quoted” ‘single’ … • ™ ½", "İstanbul ISI ıi ǅ", "Straße STRASSE ẞ ß", "ΟΔΟΣ ΣΑΣ Σ ς.Σ ΑΣ' aΣ",
-    "\x00\x01\x02a\x7fb\x1b[0m\x85\u200bzero\u200dwidth\ufeffbom\u2028line", "a\x1cb\x1dc\x1ed\x1fe", "mojibake: â€œquotesâ€\x9d Ã©tÃ©",
-    "ﬁ ligature ＦＵＬＬ width ﾊﾝｶｸ", "\u1e9b\u0323 \u212b \u2126 \u1100\u1161\u11a8", "a_b-c/d\\e @#$%^*()[]{}|~`<>",
-    "<|startoftext|>a cat<|endoftext|> b", "< |endoftext| > <|ENDOFTEXT|>", "العربية مع تشكيلٌ", "हिन्दी में पाठ", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀",
-    "\ud7ff\ue000\uffff \U0010ffff", "tab\tand\nnewline  double", "ſ'ſ 'ſ ʼn ΐ ΰ ŉ", "don't!!! can't!?!", "a" + "\u0301" * 40,
+    "🙂", "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag", "a🚀b 🚀🚀",
+    "e\u0301 = é, n\u0303o, Z\u0351\u036b\u0343\u0346alg\u0319o",
+    "&amp; &lt;b&gt; &amp;amp; &amp;lt; &quot;q&quot; &#39;s &#x1F600; &eacute; &nosuch; &#0; AT&T",
+    "日本語のテキスト、中文字符。 한국어",
+    "naïve façade — “quoted” ‘single’ … • ™ ½", "İstanbul ISI ıi ǅ", "Straße STRASSE ẞ ß",
+    "ΟΔΟΣ ΣΑΣ Σ ς.Σ ΑΣ' aΣ",
+    "\x00\x01\x02a\x7fb\x1b[0m\x85\u200bzero\u200dwidth\ufeffbom\u2028line", "a\x1cb\x1dc\x1ed\x1fe",
+    "mojibake: â€œquotesâ€\x9d Ã©tÃ©",
+    "ﬁ ligature ＦＵＬＬ width ﾊﾝｶｸ", "\u1e9b\u0323 \u212b \u2126 \u1100\u1161\u11a8",
+    "a_b-c/d\\e @#$%^*()[]{}|~`<>",
+    "<|startoftext|>a cat<|endoftext|> b", "< |endoftext| > <|ENDOFTEXT|>", "العربية مع تشكيلٌ",
+    "हिन्दी में पाठ", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀",
+    "\ud7ff\ue000\uffff \U0010ffff", "tab\tand\nnewline  double", "ſ'ſ 'ſ ʼn ΐ ΰ ŉ", "don't!!! can't!?!",
+    "a" + "\u0301" * 40,
 ]
 
 
 def random_strings(count):
     """Characters of all planes, in words of all lengths.
 
-    Only such as Unicode 3.2 knew: two libraries rarely carry the same newer tables, and differ on what is a letter.
+    Only such as Unicode 3.2 knew: libraries differ in their newer tables, and so on what is a letter.
     """
     rng = random.Random(5)
     known = [c for c in map(chr, range(0x20000)) if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs")]
@@ -49,7 +57,8 @@ def folder(request, tmp_path_factory):
 
 def assert_equal_to_transformers(folder, texts, length):
     """The reference gets the cleaned text: transformers itself does not clean as OpenAI does."""
-    ours, reference = mini_mi.CLIPTokenizer.from_pretrained(folder), transformers.CLIPTokenizer.from_pretrained(folder)
+    ours = mini_mi.CLIPTokenizer.from_pretrained(folder)
+    reference = transformers.CLIPTokenizer.from_pretrained(folder)
     ids = ours(texts)
     assert ids.dtype == torch.int64 and ids.shape == (len(texts), length)
     cleaned = [ours.clean(text) for text in texts]
@@ -97,9 +106,12 @@ def test_long_text_keeps_its_end_token(folder):
 
 
 @pytest.mark.parametrize("text, cleaned", [
-    ("  A  Cat\n\tsat ", "a cat sat"), ("&amp;amp; &lt;b&gt;", "& <b>"), ("&amp;lt;", "<"), ("", ""), (" \u3000\t ", ""),
-    ("e\u0301", "é"), ("Ã©tÃ©", "été"), ("“x” ‘y’", "\"x\" 'y'"), ("ﬁn", "fin"), ("İ", "i\u0307"), ("Straße", "straße"),
-    ("ΟΔΟΣ", "οδος"), ("\u212b", "å"), ("\x1b[31mred\x1b[0m", "red"), ("ＦＵＬＬ", "full"), ("x&#0;y", "x\ufffdy")])
+    ("  A  Cat\n\tsat ", "a cat sat"), ("&amp;amp; &lt;b&gt;", "& <b>"), ("&amp;lt;", "<"), ("", ""),
+    (" \u3000\t ", ""),
+    ("e\u0301", "é"), ("Ã©tÃ©", "été"), ("“x” ‘y’", "\"x\" 'y'"), ("ﬁn", "fin"), ("İ", "i\u0307"),
+    ("Straße", "straße"),
+    ("ΟΔΟΣ", "οδος"), ("\u212b", "å"), ("\x1b[31mred\x1b[0m", "red"), ("ＦＵＬＬ", "full"),
+    ("x&#0;y", "x\ufffdy")])
 def test_cleaning_by_hand(text, cleaned):
     """ftfy, entities twice, spaces, lower case: what OpenAI's code does, worked out by hand."""
     assert mini_mi.CLIPTokenizer.clean(text) == cleaned

@@ -91,7 +91,8 @@ def test_resumed_equals_uninterrupted(models, clip, tmp_path, clips, loss):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mini_mi.train_motion(models, latents, text, steps=7, loss=loss, state=state, state_every=2, snapshots=(5,),
+        mini_mi.train_motion(models, latents, text, steps=7, loss=loss, state=state, state_every=2,
+                             snapshots=(5,),
                              on_snapshot=stop, **ARGS)
     assert len(torch.load(state, weights_only=True)["losses"]) == 4 and os.listdir(tmp_path) == ["state.pt"]
     seen = []
@@ -107,7 +108,8 @@ def test_a_state_that_does_not_belong_is_refused(models, clip, tmp_path):
     path = tmp_path / "state.pt"
 
     def train(**settings):
-        return mini_mi.train_motion(models, latents, text, steps=3, state=path, state_every=1, **ARGS, **settings)
+        return mini_mi.train_motion(models, latents, text, steps=3, state=path, state_every=1, **ARGS,
+                                    **settings)
 
     class Evil:
         def __reduce__(self):
@@ -153,14 +155,16 @@ def test_a_loss_that_is_not_finite_stops_with_advice(models, clip, tmp_path, bad
     lr = 1e30 if bad == "lr" else 0.02
     latents = latents * (1 if bad == "lr" else float("inf"))
     with pytest.raises(mini_mi.UserError, match="not finite at step .*--lr"):
-        mini_mi.train_motion(models, latents, text, steps=9, seed=0, lr=lr, progress=False, state=tmp_path / "state.pt")
+        mini_mi.train_motion(models, latents, text, steps=9, seed=0, lr=lr, progress=False,
+                             state=tmp_path / "state.pt")
     assert not list(tmp_path.iterdir())
 
 
 def test_losses_by_hand():
     """A second way to write DESIGN's formulas, in numpy, clip by clip."""
     torch.manual_seed(0)
-    prediction, target, anchors = torch.randn(3, 4, 5, 2, 3), torch.randn(3, 4, 5, 2, 3), torch.tensor([4, 0, 2])
+    prediction, target = torch.randn(3, 4, 5, 2, 3), torch.randn(3, 4, 5, 2, 3)
+    anchors = torch.tensor([4, 0, 2])
     mse, debiased = (mini_mi.motion_loss(kind, prediction, target, anchors) for kind in ("mse", "debiased"))
     for i, r in enumerate(anchors.tolist()):
         p, e = prediction[i].numpy().astype(np.float64), target[i].numpy().astype(np.float64)
@@ -190,7 +194,8 @@ def test_bfloat16_runs(tiny_random, clip):
     assert {p.dtype for p in motion.parameters()} == {torch.float32} and motion.losses.isfinite().all()
     out = mini_mi.sample(half, latents, text, 0 * text, steps=2, guidance=3, motion=motion, progress=False)
     assert out.dtype == torch.float32 and out.isfinite().all()
-    full = mini_mi.sample(mini_mi.load_models(tiny_random), latents, text, 0 * text, 2, 3, motion, progress=False)
+    full = mini_mi.sample(mini_mi.load_models(tiny_random), latents, text, 0 * text, 2, 3, motion,
+                          progress=False)
     assert 0 < relative(out, full) < 0.1
 
 
@@ -288,7 +293,8 @@ def test_what_the_unet_is_asked(guidance, branches):
         calls.append((x.clone(), int(t), text.clone(), motion))
         return torch.zeros_like(x)
 
-    noise, text, negative = torch.randn(2, 4, 3, 2, 2), torch.full((2, 5, 6), 1.0), torch.full((2, 5, 6), -1.0)
+    noise, text = torch.randn(2, 4, 3, 2, 2), torch.ones(2, 5, 6)
+    negative = -text
     marker = object()
     mini_mi.sample(toy(answer), noise, text, negative, 4, guidance, marker, progress=False)
     assert [t for _, t, _, _ in calls] == [751, 501, 251, 1]
