@@ -173,9 +173,9 @@ def test_help_shows_every_option_with_its_default(capsys):
         mini_mi.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for flag in ("no-mqk no-mv debias mqk-dims mv-dims motion-type video source-prompt prompt motion steps lr "
-                 "negative-prompt loss sample-steps guidance noise-prior frames size stride fps seed device "
-                 "dtype model out levels snapshots dry-run").split():
+    for flag in ("no-mqk no-mv debias mqk-dims mv-dims motion-type video source-prompt prompt motion steps "
+                 "lr negative-prompt loss sample-steps guidance noise-prior frames size stride fps seed "
+                 "device dtype model out levels snapshots dry-run").split():
         assert f"--{flag}" in text
     assert "0.02" in text and "576x320" in text and "default: diff" in text
 
