@@ -396,7 +396,7 @@ def render(scene, frames=FRAMES, size=SIZE):
 # -------------------------------------------------------------------------------------------- reference clips
 # name: (held-out motion, seed, appearance). The first clip is the project's default.
 CLIPS = {
-    "figure_eight": ("figure_eight", 36, "a red star on a teal checkered background"),
+    "figure_eight": ("figure_eight", 44, "a white circle on a purple striped background"),
     "spiral": ("spiral", 4, "a yellow circle on a purple plain background"),
     "s_curve": ("s_curve", 11, "a white triangle on a brown striped background"),
     "pendulum": ("pendulum", 2, "a green square on a grey plain background"),
@@ -404,7 +404,7 @@ CLIPS = {
     "loop": ("loop", 13, "a blue star on a brown checkered background"),
     "heart": ("heart", 16, "a magenta triangle on a grey striped background"),
     "pan_counter": ("pan_counter", 14, "a yellow square on a teal checkered background"),
-    "figure_eight_2": ("figure_eight", 44, "a white circle on a purple striped background"),
+    "figure_eight_2": ("figure_eight", 36, "a red star on a teal checkered background"),
     "spiral_2": ("spiral", 12, "a green star on a brown plain background"),
     "s_curve_2": ("s_curve", 15, "a blue square on a grey checkered background"),
     "pan_counter_2": ("pan_counter", 9, "a red triangle on a purple striped background"),
