@@ -708,7 +708,6 @@ WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": w
 # Part of every key. Raise it with any change of code after which a cell would hold something else.
 CELL_VERSION = 1
 
-
 # As the main job does it, but for the sampling steps: 40 minutes on two cores is the budget.
 BUDGET = {**mini_mi.MODEL_DEFAULTS, "tiny": {**mini_mi.MODEL_DEFAULTS["tiny"], "sample_steps": 15}}
 
@@ -743,7 +742,7 @@ class Settings:
     votes: str = option(None, "CSV file of User Preference votes")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("float32", "number format of the UNet", choices=("float32", "bfloat16", "float16"))
-    quick: bool = option(False, "a small grid, only to see it work: 3 clips, 1 prompt, 1 seed, 75 steps")
+    quick: bool = option(False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
     report: bool = option(False, "only rebuild the report, from the cells that are finished")
 
 
@@ -1777,7 +1776,7 @@ def parse(argv=None):
     if not 0 <= settings.noise_prior <= 1 or not settings.lr > 0:
         raise mini_mi.UserError("--noise-prior must be within 0 and 1, and --lr above 0")
     if settings.quick:
-        small = dict(clip_count=3, prompt_count=1, seed_count=1, steps=75)
+        small = dict(clip_count=3, prompt_count=1, seed_count=1)
         small = {name: min(value, getattr(settings, name)) for name, value in small.items()}
         settings = dataclasses.replace(settings, **small)
     return settings

@@ -1,13 +1,13 @@
 """How long the UNet takes next to diffusers', with the same weights, in one run.
 
-    python tests/bench.py              the embedded geometry, and ZeroScope's widths on a small clip (about 10 GB)
+    python tests/bench.py              the embedded geometry, then ZeroScope's widths on a small clip (10 GB)
     python tests/bench.py --tiny       the embedded geometry alone
-    python tests/bench.py --full       on CUDA: ZeroScope at 24 x 576 x 320
+    python tests/bench.py --full       ZeroScope at 24 x 576 x 320, for a CUDA device
 
-Two jobs: a forward pass, and a training step of the motion embeddings (forward, and backward to the first layer that
-has some). diffusers has no motion embeddings; there a parameter of the same size is added to the same norms by hooks, so
-that its gradients have the same way to go. Both sides take turns; a ratio below 1 means that mini_mi is faster. On CUDA
-it also prints milliseconds, TFLOP/s and peak memory.
+Two jobs: a forward pass, and a training step of the motion embeddings (forward, and backward to the first
+layer that has some). diffusers has no motion embeddings; there a parameter is added to the same norms by
+hooks, so that its gradients have the same way to go. Both sides take turns; a ratio below 1: mini_mi
+is faster. On CUDA it also prints milliseconds, TFLOP/s and peak memory.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mini_mi                                                                           # noqa: E402
+import mini_mi  # noqa: E402
 
 warnings.filterwarnings("ignore")
-from diffusers import UNet3DConditionModel                                               # noqa: E402
+from diffusers import UNet3DConditionModel  # noqa: E402
 
 TINY = mini_mi.read_json(mini_mi.HERE / "data" / "tiny" / "unet" / "config.json")
 CASES = {   # name -> UNet config, (frames, latent height, width)
@@ -57,14 +57,14 @@ def add_by_hooks(unet, motion):
     for name in motion.blocks:
         block = unet.get_submodule(name)
         for norm in (block.norm1, block.norm2):
-            m = torch.zeros(motion.frames, norm.weight.shape[0], device=norm.weight.device, requires_grad=True)
+            m = torch.zeros_like(norm.weight).repeat(motion.frames, 1).requires_grad_(True)
             norm.register_forward_hook(lambda _, __, out, m=m: out + m.to(out.dtype))
             parameters.append(m)
     return parameters
 
 
 def measure(jobs, device, rounds):
-    """Seconds (median) and peak bytes of every job; the jobs take turns, so that a slow minute hits all of them."""
+    """Seconds (median) and peak bytes of every job; they take turns, so a slow minute hits all."""
     seconds, peak = {name: [] for name in jobs}, {}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
@@ -95,10 +95,13 @@ def bench(name, device, dtype, rounds):
         with torch.no_grad():
             unet(x, 500, text)
 
+    def backward(out):
+        out.float().square().mean().backward()
+
     jobs = {"forward, mini_mi": lambda: forward(ours),
             "forward, diffusers": lambda: forward(theirs),
-            "training step, mini_mi": lambda: ours(x, 500, text, motion).float().square().mean().backward(),
-            "training step, diffusers": lambda: theirs(x, 500, text).sample.float().square().mean().backward()}
+            "training step, mini_mi": lambda: backward(ours(x, 500, text, motion)),
+            "training step, diffusers": lambda: backward(theirs(x, 500, text).sample)}
     with FlopCounterMode(display=False) as counter:
         forward(ours)
     seconds, peak = measure(jobs, device, rounds)
@@ -107,8 +110,9 @@ def bench(name, device, dtype, rounds):
         line = f"{name}: {job} takes {a / b:.2f} of diffusers' time (median of {rounds})"
         if device.type == "cuda":
             rate = f", {counter.get_total_flops() / a / 1e12:.0f} TFLOP/s" if job == "forward" else ""
-            line += (f"; {1e3 * a:.1f} ms against {1e3 * b:.1f} ms{rate}; peak {peak[f'{job}, mini_mi'] / 2**30:.1f} GiB "
-                     f"against {peak[f'{job}, diffusers'] / 2**30:.1f} GiB")
+            memory = [peak[f"{job}, {side}"] / 2**30 for side in ("mini_mi", "diffusers")]
+            line += (f"; {1e3 * a:.1f} ms against {1e3 * b:.1f} ms{rate}; peak {memory[0]:.1f} GiB against "
+                     f"{memory[1]:.1f} GiB")
         print(line, flush=True)
 
 
