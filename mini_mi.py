@@ -11,8 +11,8 @@ the same model with another prompt, they make new content move like the referenc
 
 Read it from top to bottom: tokenizer, text encoder, autoencoder, UNet parts, THE PAPER (in a double-ruled
 section), UNet, diffusion, training, sampling; then the plumbing: files, hub, video, pictures, command line.
-Attribute names are the keys of published checkpoints. Every part is held against the published
-implementations in tests/.
+Attribute names are the keys of published checkpoints. Networks, tokenizer, scheduler
+and method are held against the published implementations in tests/.
 
 Axis letters:  B batch   F frames   C channels   H W latent grid   h w pixels   L text tokens   D text width
                M clips whose motion is learned together   N any batch axis
@@ -61,6 +61,9 @@ from torch import nn
 from tqdm import tqdm
 
 
+HERE = Path(__file__).resolve().parent
+
+
 class UserError(ValueError):
     """What the user can put right. The command line prints it as one line, `error: ...`, and exits with 2."""
 
@@ -70,8 +73,8 @@ class UserError(ValueError):
 # ------------------------------------------------------------------------------------------------------------
 
 # Fields that say nothing about the computation that we do: where a model came from, how it was initialised or
-# dropped out in its own training, what a text generator would need. Everything unknown is refused, so that a
-# checkpoint of another kind cannot load with half of its settings ignored.
+# dropped out in its own training, what a text generator would need. A field that is neither here nor read by
+# the model is refused, so that no setting is ignored by accident.
 INERT_FIELDS = set("""
     architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
@@ -218,7 +221,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention with biases on (B,L,D); `causal`: a token sees only those before it."""
+    """Multi-head self-attention with biases on (B,L,D); `causal`: a token sees itself and those before."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -233,7 +236,10 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Pre-norm transformer layer on (B,L,D). Both towers of CLIP are stacks of it; only text is causal."""
+    """Pre-norm transformer layer on (B,L,D). CLIP's towers are stacks of it; only text is causal.
+
+    The vision tower, which judges results, is in eval_mi.py.
+    """
 
     def __init__(self, c, causal):
         super().__init__()
@@ -518,8 +524,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x):
-        # Two products with half of the matrix each: on a CPU cheaper than one product and the backward of its
-        # split.
+        # Two products with half of the matrix each: the backward of one product's split would have to
+        # concatenate the halves.
         value, gate = (F.linear(x, w, b) for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return value * F.gelu(gate)
 
@@ -580,7 +586,7 @@ class Transformer2DModel(nn.Module):
 class TemporalConv(nn.Conv3d):
     """A (3,1,1) convolution: three neighbouring frames, one position. (B,C,F,H,W) -> (B,C_out,F,H,W).
 
-    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, on CPUs faster than by Conv3d.
+    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, by the kernels for pictures.
     """
 
     def __init__(self, c_in, c_out):
@@ -629,8 +635,8 @@ class TemporalConvLayer(nn.Module):
 #   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion.
 #
 #   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, below). At
-#   inference MV is debiased: what does not change from frame to frame is appearance and not motion, and
-#   cancels (Eq. 5: `debias`).
+#   inference MV is debiased: what does not change from frame to frame is appearance and not motion; all
+#   frames but the first keep only the change (Eq. 5: `debias`).
 #
 # ============================================================================================================
 
@@ -670,7 +676,8 @@ class TemporalTransformerBlock(nn.Module):
             h_qk = h_v = h
             if motion is not None and self.name in motion.blocks:
                 m_qk, m_v = motion.at(self.name, which, x.shape[1], grid, h.dtype)
-                # Both are (M, 1 or H*W, F, C). Sample i of the batch takes clip i % M: B is split by M.
+                # Both are (M, 1 or H*W, F, C). The batch is clip 0 .. M-1, again 0 .. M-1, ...; the view puts
+                # sample i beside embedding i % M.
                 batched = h.view(-1, motion.clips, math.prod(grid), *x.shape[1:])        # (B/M, M, H*W, F, C)
                 if m_qk is not None:
                     h_qk = (batched + m_qk).view_as(h)                          # MQK: h + m_qk        (Eq. 3)
@@ -770,7 +777,7 @@ class MotionEmbeddings(nn.Module):
                 f"the motion file was made for {m.shape[1]} positions and does not say in which shape; "
                 f"this size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
         if m.shape[1] > 1 and own not in (None, tuple(grid)):                         # bilinear over the grid
-            plane = m.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, own)               # (M*F, C, h, w)
+            plane = m.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, own)               # (M*F, C, own grid)
             plane = F.interpolate(plane, size=tuple(grid), mode="bilinear", align_corners=False)
             m = plane.flatten(2).unflatten(0, (len(m), frames)).permute(0, 3, 1, 2)
         return m
@@ -905,6 +912,8 @@ def unet_settings(config):
 class UNetBlock3D(nn.Module):
     """One level of the UNet. Per layer: resnet, temporal conv, spatial transformer, temporal transformer;
     the transformers only where the level has attention; then the change of size, if any.
+
+    It has no forward: the UNet calls it layer by layer, because each layer pushes or pops a skip.
 
     rows   one (c_in, c_out) per layer
     """
@@ -1292,8 +1301,8 @@ def motion_loss(kind, prediction, target, anchors):
     if kind == "mse":
         return mse(prediction, target)
     if kind == "debiased":
-        clips, alpha = torch.arange(len(anchors)), math.sqrt(2)
-        apart = [alpha * x - x[clips, :, anchors][:, :, None] for x in (prediction, target)]
+        samples, alpha = torch.arange(len(anchors)), math.sqrt(2)
+        apart = [alpha * x - x[samples, :, anchors][:, :, None] for x in (prediction, target)]
         return mse(prediction, target) + mse(*apart)
     raise UserError(f"loss = {kind!r} is not known; it takes mse or debiased")
 
@@ -1322,10 +1331,14 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, batch=1, seed=0, 
     # Gradients of float16 activations would vanish below 6e-8: the scaler multiplies the loss and divides the
     # gradients.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
+    # Equal seeds, so that a clip draws the same as it would alone.
     generators = [torch.Generator().manual_seed(seed) for _ in range(clips)]
     losses = []
     if state and Path(state).exists():
         losses = _load_state(state, motion, optimizer, scaler, generators)
+        if len(losses) > steps:
+            raise UserError(f"an earlier training got {len(losses)} steps far, more than the {steps} asked "
+                            f"for: ask for as many, or delete {state} to start over")
 
     # Sample i of a batch belongs to clip i % M, hence the order: all clips, then all clips again, ...
     x_0, text = latents.repeat(batch, 1, 1, 1, 1), text.repeat(batch, 1, 1)
@@ -1334,6 +1347,7 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, batch=1, seed=0, 
     bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
                disable=not progress)
     for step in bar:
+        # Anchors are drawn for both losses, so that they see the same t and the same noise.
         t, noise, anchors = [], [], []
         for generator in generators * batch:
             t.append(torch.randint(models.scheduler.T, (), generator=generator))
@@ -1356,7 +1370,7 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, batch=1, seed=0, 
 
         losses.append(per_clip.tolist())
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}")
-        if state and (step + 1) % state_every == 0:
+        if state and ((step + 1) % state_every == 0 or step + 1 == steps):
             _save_state(state, motion, optimizer, scaler, generators, losses)
         if step + 1 in snapshots:
             on_snapshot(step + 1, motion.eval())
@@ -1428,15 +1442,15 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
     for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
         out = predict(models, torch.cat([x, x]) if guided else x, t, texts, motion)
         if guided:
-            without, with_prompt = out.chunk(2)
-            out = without + guidance * (with_prompt - without)
+            unconditional, conditional = out.chunk(2)
+            out = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(out, t, x, steps)
     return x
 
 
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 # Files: written beside their place and renamed; tensors are read without trusting the file
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 def one_line(error):
     """The first line of what another library says, to end a message of ours with."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -1576,9 +1590,9 @@ def save_safetensors(path, tensors, metadata=None):
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 # Hub: {endpoint}/{repo}/resolve/{revision}/{file}; resumed, verified, cached
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
 NETWORK_ERRORS = (
     urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
@@ -1726,9 +1740,9 @@ def fetch_model(repo):
     return folder
 
 
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 # Video files: PIL for GIF, WebP, APNG and folders of images; the program ffmpeg for everything else
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SMALLEST = 8  # pixels; a smaller frame has no motion worth learning
 
@@ -1900,9 +1914,9 @@ def write_video(path, frames, fps):
             temporary.write_bytes(_gif(frames, fps) if suffix == ".gif" else _webp(frames, fps))
 
 
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 # Pictures: labelled frames and the loss curve, drawn with PIL alone
-# ==========================================================================================================
+# ------------------------------------------------------------------------------------------------------------
 INK, GREY, PALE, BLUE, SKY = "#20242c", "#858c97", "#e6e8ec", "#1f5fbf", "#b9d0f0"
 
 
@@ -1991,8 +2005,6 @@ def loss_curve(losses):
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
-HERE = Path(__file__).resolve().parent
-
 # What a model was trained for; options that are not given take these.
 MODEL_DEFAULTS = {
     "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.1, batch=2, sample_steps=25, guidance=3.0),
@@ -2014,7 +2026,7 @@ class Config:
     video: str = option(None, "reference clip: GIF, WebP, APNG, a folder of pictures, or a file that ffmpeg "
                               "reads (default: the first of data/clips)")
     source_prompt: str = option(None, "what the reference shows (clips of data/clips bring theirs)")
-    prompts: tuple = option((), "what to show instead; repeat for more clips", flag="--prompt", type=str)
+    prompts: tuple = option((), "what to show instead; repeat for more clips", flag="--prompt")
     negative_prompt: str = option("", "what to keep away from")
     motion: str = option(None, "reuse this motion file; nothing is trained")
     out: str = option("out", "folder for the results")
@@ -2027,16 +2039,17 @@ class Config:
     mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
     mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
     levels: tuple = option((), "UNet levels that get embeddings, such as 1,2; 0 is the finest "
-                               "(default: the deepest level that has attention)", type=int)
+                               "(default: the deepest level that has attention)")
     motion_type: str = option("object", "camera: MV is dropped at inference, "
                                         "as the authors do for camera motion", choices=("object", "camera"))
 
     steps: int = option(None, "training steps")
     lr: float = option(None, "learning rate")
     batch: int = option(None, "noise levels in every training step")
-    loss: str = option("mse", "training loss", choices=("mse", "debiased"))
+    loss: str = option("mse", "training loss; debiased: MotionDirector's, unrelated to --debias",
+                       choices=("mse", "debiased"))
     snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100: "
-                                  "early ones often leak less of the reference's looks", type=int)
+                                  "early ones often leak less of the reference's looks")
     checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
 
     sample_steps: int = option(None, "DDIM steps")
@@ -2058,6 +2071,15 @@ class Config:
     def width_height(self):
         """(width, height) in pixels"""
         return tuple(map(int, self.size.split("x")))
+
+
+def model_defaults(model):
+    """The defaults of a model; folders that data/make_tiny.py wrote have its small UNet, and take tiny's."""
+    folder = local_folder(model)
+    if folder is None:
+        return MODEL_DEFAULTS["other"]
+    widths = unet_settings(read_json(folder / "unet" / "config.json")).block_out_channels
+    return MODEL_DEFAULTS["tiny" if widths[0] <= 64 else "other"]
 
 
 def numbers(text):
@@ -2086,17 +2108,17 @@ def parse(argv=None):
         if f.name in MODEL_DEFAULTS["tiny"]:
             default = f"{MODEL_DEFAULTS['tiny'][f.name]} for tiny, else {MODEL_DEFAULTS['other'][f.name]}"
         about += f" (default: {default})" if default not in (None, (), "") else ""
-        repeatable, several = flag == "--prompt", f.type is tuple and flag != "--prompt"
-        placeholder = f.name.upper().rstrip("S") if repeatable else f.name.upper()
-        parser.add_argument(flag, dest=f.name, help=about, choices=f.metadata.get("choices"),
-                            metavar=None if "choices" in f.metadata else placeholder,
-                            action="append" if repeatable else "store",
-                            type=str if repeatable else numbers if several else f.type)
+        shape = dict(type=numbers if f.type is tuple else f.type, metavar=f.name.upper())
+        if f.name == "prompts":
+            shape = dict(action="append", metavar="PROMPT")
+        elif "choices" in f.metadata:
+            shape = dict(type=f.type, choices=f.metadata["choices"])
+        parser.add_argument(flag, dest=f.name, help=about, **shape)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
     if config.motion and "debias" not in given:
         config.debias = None  # as the motion file says
-    for name, value in MODEL_DEFAULTS.get(config.model, MODEL_DEFAULTS["other"]).items():
+    for name, value in model_defaults(config.model).items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     check(config, set(given))
@@ -2136,6 +2158,7 @@ def check(config, given):
     refuse(beyond, f"--snapshots {beyond[:1]}: training has steps 1 to {config.steps}")
     refuse(not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device),
            f"--device {config.device}: it takes auto, cpu or cuda")
+    refuse(config.seed >= 2 ** 62, f"--seed {config.seed}: it must be below 2 ** 62")
     refuse(config.device.startswith("cuda") and not torch.cuda.is_available(),
            "--device cuda: no CUDA device is found here; use --device cpu")
     if config.device == "auto":
@@ -2157,6 +2180,9 @@ def choose_clip(config):
     if config.video:
         listing = Path(config.video).parent / "clips.json"
         about = read_json(listing).get(Path(config.video).stem, {}) if listing.is_file() else {}
+        if not isinstance(about, dict):
+            raise UserError(f"{listing}: the entry of {Path(config.video).stem} must be an object with "
+                            "caption and prompts")
         config.source_prompt = config.source_prompt or about.get("caption")
         config.prompts = tuple(config.prompts) or tuple(about.get("prompts", ())[:2])
     if not config.prompts:
@@ -2169,16 +2195,18 @@ def choose_clip(config):
                         "give --video, or --noise-prior 0")
 
 
-def describe(config, motion_parameters):
+def describe(config, motion):
     """What a run will do, as lines."""
     width, height = config.width_height
     how = f"reuse {config.motion}" if config.motion else (
-        f"train {config.steps} steps, lr {config.lr}, loss {config.loss}")
-    parts = " and ".join(name for name, used in (("MQK", config.use_mqk), ("MV", config.use_mv)) if used)
+        f"train {config.steps} steps of {config.batch}, lr {config.lr}, loss {config.loss}")
+    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
+    count = sum(p.numel() for p in motion.parameters())
+    reference = f"{config.video}: {config.source_prompt or 'no caption'}" if config.video else "none"
     return (f"model      {config.model} on {config.device}, {config.dtype}\n"
-            f"reference  {config.video}: {config.frames} frames of {width}x{height}, "
-            f"\"{config.source_prompt}\"\n"
-            f"motion     {how}; {parts}, {motion_parameters:,} embedding parameters, debias {config.debias}, "
+            f"reference  {reference}\n"
+            f"clips      {config.frames} frames of {width}x{height}, {config.fps} per second\n"
+            f"motion     {how}; {parts}, {count:,} embedding parameters, debias {config.debias}, "
             f"motion type {config.motion_type}\n"
             f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
             f"{config.noise_prior}, seed {config.seed}\n"
@@ -2196,6 +2224,46 @@ def latent_grid(config, vae_config):
     return height // factor, width // factor
 
 
+def learn(config, models, latents, out, settings):
+    """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
+    # The state's name holds what determines the steps that were made, so no run continues another one's. The
+    # number of steps is not in it: a longer run goes on from a shorter one.
+    key = repr([settings, config.lr, config.batch, config.loss, config.seed, config.model, config.dtype,
+                config.source_prompt])
+    digest = hashlib.sha256(key.encode() + latents.cpu().numpy().tobytes()).hexdigest()
+    state = out / f"training-{digest[:12]}.pt"
+    source = dict(video=config.video, prompt=config.source_prompt)
+
+    def keep(step, motion):
+        motion.source = source
+        motion.save(out / f"motion-step{step}.safetensors")
+
+    motion = train_motion(models, latents, encode_prompt(models, [config.source_prompt]), steps=config.steps,
+                          lr=config.lr, batch=config.batch, seed=config.seed, loss=config.loss, state=state,
+                          snapshots=config.snapshots, on_snapshot=keep, checkpointing=config.checkpointing,
+                          **settings)
+    motion.source = source
+    motion.save(out / "motion.safetensors")
+    with atomic_write(out / "loss.png") as temporary:
+        loss_curve(motion.losses[:, 0].tolist()).save(temporary)
+    return motion, state
+
+
+def write_results(config, out, reference, with_motion, without):
+    """A GIF and a side-by-side GIF per prompt, and the contact sheet; clips are (F,h,w,3) uint8."""
+    shown = [] if reference is None else [("reference", reference)]
+    rows = list(shown)
+    for n, (prompt, clip, plain) in enumerate(zip(config.prompts, with_motion, without), 1):
+        name = f"{n}-" + re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+        write_video(out / f"{name}.gif", clip, config.fps)
+        pair = [(prompt, clip), ("same seed, no embeddings", plain)]
+        labels, videos = zip(*shown, *pair)
+        write_video(out / f"{name}-compare.gif", side_by_side(videos, labels), config.fps)
+        rows += pair
+    with atomic_write(out / "sheet.png") as temporary:
+        contact_sheet(rows).save(temporary)
+
+
 def run(config):
     """The main job: train (or load) the reference's motion, sample every prompt, write all to config.out."""
     choose_clip(config)
@@ -2203,10 +2271,18 @@ def run(config):
     settings = dict(levels=config.levels or None, use_mqk=config.use_mqk, use_mv=config.use_mv,
                     debias=config.debias, mqk_dims=config.mqk_dims, mv_dims=config.mv_dims,
                     debias_in_training=config.debias_in_training)
-    motion = (MotionEmbeddings.load(config.motion) if config.motion else
-              MotionEmbeddings(model_config(config.model, "unet"), config.frames, *grid, **settings))
-    config.debias = motion.debias = config.debias or motion.debias
-    print(describe(config, sum(p.numel() for p in motion.parameters())))
+    if config.motion:
+        motion = MotionEmbeddings.load(config.motion)
+        motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
+        config.debias = motion.debias = config.debias or motion.debias       # --debias wins over the file
+        if not (motion.use_mqk or motion.use_mv and config.motion_type == "object"):
+            raise UserError(f"of {config.motion} these flags leave nothing: drop --no-mqk, --no-mv or camera")
+    else:        # these say what will be trained, and refuse what does not fit; train_motion makes its own
+        motion = MotionEmbeddings(model_config(config.model, "unet"), config.frames, *grid, **settings)
+    reference = None
+    if config.video:
+        reference = read_video(config.video, config.frames, config.width_height, config.stride)
+    print(describe(config, motion))
     if config.dry_run:
         return
     clock, seconds = time.perf_counter(), {}
@@ -2221,45 +2297,24 @@ def run(config):
     def generator(stream):
         return torch.Generator().manual_seed(config.seed + stream)
 
-    reference = None
-    if config.video:
-        reference = read_video(config.video, config.frames, config.width_height, config.stride)
     try:  # If out is no place to write to, or anything else cannot be, say so now and not after the training.
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
-    models.scheduler.timesteps(config.sample_steps)
+    models.scheduler.timesteps(config.sample_steps)          # raises if the schedule has not so many steps
     motion.check_fits(models.unet.temporal_widths)
     lap("load")
+
     if reference is not None:
         latents = encode_video(models, to_model_range(reference), generator(stream=1_000_000))
-    losses = None
+    losses = state = None
     if config.motion:
         motion = motion.to(models.device)
-        motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
     else:
-        # The state's name holds all that determines the training: no run continues another one's state.
-        key = repr([settings, config.lr, config.batch, config.loss, config.seed, config.model, config.dtype,
-                    config.source_prompt])
-        digest = hashlib.sha256(key.encode() + latents.cpu().numpy().tobytes()).hexdigest()
-        state = out / f"training-{digest[:12]}.pt"
-        source = dict(video=config.video, prompt=config.source_prompt)
-
-        def keep(step, motion):
-            motion.source = source
-            motion.save(out / f"motion-step{step}.safetensors")
-
-        motion = train_motion(models, latents, encode_prompt(models, [config.source_prompt]),
-                              steps=config.steps, lr=config.lr, batch=config.batch, seed=config.seed,
-                              loss=config.loss, state=state, snapshots=config.snapshots, on_snapshot=keep,
-                              checkpointing=config.checkpointing, **settings)
-        motion.source, losses = source, motion.losses[:, 0].tolist()
-        motion.save(out / "motion.safetensors")
-        with atomic_write(out / "loss.png") as temporary:
-            loss_curve(losses).save(temporary)
-        state.unlink(missing_ok=True)
+        motion, state = learn(config, models, latents, out, settings)
+        losses = motion.losses[:, 0].tolist()
         lap("train")
     motion.use_mv &= config.motion_type == "object"
 
@@ -2273,28 +2328,24 @@ def run(config):
     noise = noise.expand(len(config.prompts), -1, -1, -1, -1)
     text = encode_prompt(models, config.prompts)
     negative = encode_prompt(models, [config.negative_prompt] * len(config.prompts))
-    with_motion, without = ([to_uint8(v) for v in decode_video(models, sample(
-        models, noise, text, negative, config.sample_steps, config.guidance, m))] for m in (motion, None))
-    lap("sample")
 
-    rows = [] if reference is None else [("reference", reference)]
-    for n, (prompt, clip, plain) in enumerate(zip(config.prompts, with_motion, without), 1):
-        name = f"{n}-" + re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        write_video(out / f"{name}.gif", clip, config.fps)
-        panels = rows[:1] + [(prompt, clip), ("same seed, no embeddings", plain)]
-        compared = side_by_side([v for _, v in panels], [k for k, _ in panels])
-        write_video(out / f"{name}-compare.gif", compared, config.fps)
-        rows += [(prompt, clip), ("the same without embeddings", plain)]
-    with atomic_write(out / "sheet.png") as temporary:
-        contact_sheet(rows).save(temporary)
+    def generate(embeddings):
+        result = sample(models, noise, text, negative, config.sample_steps, config.guidance, embeddings)
+        return [to_uint8(video) for video in decode_video(models, result)]
+
+    with_motion, without = generate(motion), generate(None)
+    lap("sample")
+    write_results(config, out, reference, with_motion, without)
     lap("write")
-    peak = torch.cuda.max_memory_allocated() if models.device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
     with atomic_write(out / "run.json") as temporary:
         temporary.write_text(json.dumps(dict(
             config=dataclasses.asdict(config), seconds=seconds, losses=losses, peak_cuda_bytes=peak,
             embedding_parameters=sum(p.numel() for p in motion.parameters()),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__)), indent=1))
+    if state:
+        state.unlink(missing_ok=True)                        # only now: an interrupted sampling needs it, too
     print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.gif and {out}/sheet.png")
 
 
