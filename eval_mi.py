@@ -3,9 +3,9 @@
 The method (mini_mi.py) learns the motion of one clip as two embeddings in temporal attention: MQK shapes the
 attention map between frames, MV adds a debiased value at every position. The paper gives no numbers without
 one of them (its supplement shows two clips without MV). Here each part is removed in two ways, trained
-without it (no-mqk, no-mv) and dropped after training (drop-mqk, drop-mv), and compared with the full method on
-the same clips, prompts and start noise. Brackets say what the numbers can mean: no embeddings at all below,
-the reference through the autoencoder above.
+without it (no-mqk, no-mv) and dropped after training (drop-mqk, drop-mv), and compared with the full method
+on the same clips, prompts and start noise. Brackets say what the numbers can mean: no embeddings at all
+below, the reference through the autoencoder above.
 
     python eval_mi.py                  the default grid on the embedded model, about 40 minutes on two cores
     python eval_mi.py --quick          a small grid, 5 minutes
