@@ -573,7 +573,8 @@ class Transformer2DModel(nn.Module):
             [SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)])
 
     def forward(self, x, text):
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))                        # (B*F, H*W, C)
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1])             # (B*F, H*W, C)
+        h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, text)
         return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
