@@ -144,6 +144,7 @@ def train(stage, model, loss_of, args, watch=None):
 
 
 def train_vae(args):
+    """Pictures to latents and back, on single frames of the training motions."""
     clips, _ = pool(args.pool, seed=1)
     frames = clips.flatten(0, 1)
     held, _ = pool(16, seed=2, motions=world.HELDOUT_MOTIONS)
@@ -251,7 +252,7 @@ def train_clip(args):
                   logit_scale_init_value=2.6592)
     model = load_part(args, eval_mi.CLIPModel(config), "clip", "model").to(args.device)
     if (args.to / "unet").exists() and not args.fresh:
-        model.text_model.requires_grad_(False)       # a UNet that has learned to read it would lose its reading
+        model.text_model.requires_grad_(False)           # the UNet has learned to read it as it is
     captions = world.all_captions()
     ids = tokenizer(captions).to(args.device)
     clips, labels = pool(args.pool, seed=3)

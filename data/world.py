@@ -38,20 +38,22 @@ TAU = 2 * np.pi
 # one radius, so that all four have a similar size to the eye.
 
 def circle_distance(u, v):
+    """Below 0 inside the unit circle; u, v in radii of the sprite."""
     return np.sqrt(u * u + v * v) - 1.0
 
 
 def square_distance(u, v):
+    """Below 0 inside a square."""
     return np.maximum(abs(u), abs(v)) - 0.88
 
 
 def triangle_distance(u, v):
-    # Three half-planes; the left one and the right one are the same after folding u.
+    """Below 0 inside a triangle: three half-planes, the left and the right one the same after folding u."""
     return np.maximum(v, abs(u) * np.sin(TAU / 6) - v * 0.5) - 0.64
 
 
 def star_distance(u, v, tip=1.25, notch=0.6):
-    # Mirror the plane into one tenth of the star: there its outline is one straight edge from tip to notch.
+    """Below 0 inside a star. The plane is mirrored into a tenth of it, where the outline is one edge."""
     cos, sin = np.cos(TAU / 10), np.sin(TAU / 10)
     u, v = abs(u), -v
     fold = 2 * np.maximum(cos * u - sin * v, 0)
@@ -70,16 +72,17 @@ SHAPES = {"circle": circle_distance, "square": square_distance,
 # of the latent grid, and its edges are a few pixels wide, because a factor-8 autoencoder has to code it.
 
 def plain(x, y):
+    """No pattern."""
     return np.zeros_like(x + y)
 
 
 def striped(x, y):
-    # Diagonal, so that pans along x and along y both show; 16 pixels from stripe to stripe.
+    """Diagonal, so that pans along x and along y both show; 16 pixels from stripe to stripe."""
     return np.clip(2.5 * np.sin((x + y) * np.float32(TAU / (16 * np.sqrt(2)))), -1, 1)
 
 
 def checkered(x, y):
-    # Cells of 16 x 16 pixels.
+    """Cells of 16 x 16 pixels."""
     return np.clip(4 * np.sin(x * np.float32(TAU / 32)) * np.sin(y * np.float32(TAU / 32)), -1, 1)
 
 
@@ -153,29 +156,32 @@ def triangle_wave(s):
 # path spans more than 40 pixels (64 less a sprite), and 16 frames on it are mostly 1.5 to 6 pixels apart.
 
 def rest(rng, t):
+    """Nothing moves."""
     return Trajectory()
 
 
 def line(rng, t):
+    """Straight on, any direction."""
     x, y = turn(rng.uniform(0, TAU), rng.uniform(24, 40) * t)
     return Trajectory(x, y)
 
 
 def accelerate(rng, t):
-    # Speeds up, or (time reversed) slows down; the slow end still moves by one pixel a frame.
+    """Speeds up, or (time reversed) slows down; the slow end still moves by one pixel a frame."""
     s = t if rng.random() < 0.5 else 1 - t
     x, y = turn(rng.uniform(0, TAU), rng.uniform(36, 40) * (0.45 * s + 0.55 * s * s))
     return Trajectory(x, y)
 
 
 def there_and_back(rng, t):
+    """Out along a line, and some of the way back."""
     far = rng.uniform(20, 34)
     x, y = polyline(t, [0, far, far * rng.uniform(0, 0.4)], [0, 0, 0])
     return Trajectory(*turn(rng.uniform(0, TAU), x, y))
 
 
 def corner(rng, t):
-    # One leg, a sharp turn to either side, another leg.
+    """One leg, a sharp turn to either side, another leg."""
     side = either(rng) * rng.uniform(TAU / 6, TAU / 3)
     first, second = rng.uniform(14, 24, size=2)
     x, y = polyline(t, [0, first, first + second * np.cos(side)], [0, 0, second * np.sin(side)])
@@ -183,12 +189,13 @@ def corner(rng, t):
 
 
 def zigzag(rng, t):
+    """Along a line, with straight strokes to both sides."""
     x, y = rng.uniform(24, 32) * t, rng.uniform(5, 8) * triangle_wave(4 * rng.choice((1.5, 2, 2.5)) * t)
     return Trajectory(*turn(rng.uniform(0, TAU), x, y))
 
 
 def bounce(rng, t):
-    # Straight on inside an invisible box, reflected at its walls.
+    """Straight on inside an invisible box, reflected at its walls."""
     half = rng.uniform(10, 20, size=2)
     start, way = rng.uniform(-1, 1, size=2), rng.uniform(0, TAU)
     x, y = turn(way, rng.uniform(36, 60) * t)
@@ -197,7 +204,7 @@ def bounce(rng, t):
 
 
 def hop(rng, t):
-    # One high jump or two lower ones, sideways, under a constant gravity.
+    """One high jump or two lower ones, sideways, under a constant gravity."""
     jumps = rng.choice((1, 2))
     phase = jumps * t % 1
     x, height = either(rng) * rng.uniform(20, 36) * t, rng.uniform(14, 20) / jumps
@@ -205,48 +212,54 @@ def hop(rng, t):
 
 
 def arc(rng, t):
+    """A quarter to half a circle, either way."""
     x, y = turn(rng.uniform(0, TAU) + either(rng) * rng.uniform(TAU / 4, TAU / 2) * t, rng.uniform(14, 20))
     return Trajectory(x, y)
 
 
 def circle(rng, t):
+    """Most of a circle or all of it, either way."""
     x, y = turn(rng.uniform(0, TAU) + either(rng) * rng.uniform(0.7, 1) * TAU * t, rng.uniform(8, 15))
     return Trajectory(x, y)
 
 
 def ellipse(rng, t):
+    """Most of a flat ellipse, at any angle."""
     phase = rng.uniform(0, TAU) + either(rng) * rng.uniform(0.7, 1) * TAU * t
     x, y = rng.uniform(14, 18) * np.cos(phase), rng.uniform(5, 9) * np.sin(phase)
     return Trajectory(*turn(rng.uniform(0, TAU), x, y))
 
 
 def zoom_in(rng, t):
+    """The sprite grows."""
     return Trajectory(scale=rng.uniform(0.65, 0.8) + rng.uniform(0.9, 1) * t)
 
 
 def zoom_out(rng, t):
+    """The sprite shrinks."""
     return zoom_in(rng, 1 - t)
 
 
 def spin(rng, t):
-    # At most 24 degrees a frame, or a star's five points would seem to turn the other way.
+    """At most 24 degrees a frame, or a star's five points would seem to turn the other way."""
     return Trajectory(angle=either(rng) * rng.uniform(0.4, 1) * TAU * t)
 
 
 def roll(rng, t):
-    # Turns in the sense in which it would roll on the ground, sideways.
+    """Turns in the sense in which it would roll on the ground, sideways."""
     way = either(rng)
     return Trajectory(way * rng.uniform(26, 40) * t, angle=way * rng.uniform(0.4, 0.8) * TAU * t)
 
 
 def pan(rng, t):
+    """The camera moves, the sprite stays on the screen."""
     camera_x, camera_y = turn(rng.uniform(0, TAU), rng.uniform(24, 48) * t)
     return Trajectory(camera_x=camera_x, camera_y=camera_y)
 
 
 def pan_line(rng, t, between=(0, TAU / 3)):
-    # `between` bounds the angle between the sprite's way on the screen and the background's: here up to 120
-    # degrees, which leaves out the sprite that moves against the background.
+    """`between` bounds the angle between the sprite's way on the screen and the background's: here up to 120
+    degrees, which leaves out the sprite that moves against the background."""
     way = rng.uniform(0, TAU)
     camera_x, camera_y = turn(way, rng.uniform(24, 44) * t)
     x, y = turn(way + TAU / 2 + either(rng) * rng.uniform(*between), rng.uniform(22, 36) * t)
@@ -254,36 +267,39 @@ def pan_line(rng, t, between=(0, TAU / 3)):
 
 
 def pan_counter(rng, t):
-    # The sprite moves against the background: the camera pans the way the sprite goes.
+    """The sprite moves against the background: the camera pans the way the sprite goes."""
     return pan_line(rng, t, between=(0.47 * TAU, 0.5 * TAU))
 
 
 def figure_eight(rng, t):
+    """A figure eight, at any angle."""
     phase = rng.uniform(0, TAU) + either(rng) * TAU * t
     x, y = rng.uniform(14, 18) * np.sin(phase), rng.uniform(7, 9) * np.sin(2 * phase)
     return Trajectory(*turn(rng.uniform(0, TAU), x, y))
 
 
 def spiral(rng, t):
-    # Inwards or outwards; the square root makes the speed even.
+    """Inwards or outwards; the square root makes the speed even."""
     s = np.sqrt(t if rng.random() < 0.5 else 1 - t)
     x, y = turn(rng.uniform(0, TAU) + either(rng) * rng.uniform(1.3, 1.6) * TAU * s, rng.uniform(14, 18) * s)
     return Trajectory(x, y)
 
 
 def s_curve(rng, t):
+    """One wave across the picture."""
     x, y = rng.uniform(30, 38) * t, either(rng) * rng.uniform(9, 12) * np.sin(TAU * t)
     return Trajectory(*turn(rng.uniform(0, TAU), x, y))
 
 
 def pendulum(rng, t):
-    # Hangs from a point above and tilts with its rod.
+    """Hangs from a point above and tilts with its rod."""
     swing = rng.uniform(0.6, 0.8) * np.sin(rng.uniform(0, TAU) + rng.uniform(0.8, 1.1) * TAU * t)
     x, y = turn(swing, 0.0, rng.uniform(20, 26))
     return Trajectory(x, y, angle=swing)
 
 
 def staircase(rng, t):
+    """Three steps, up or down, either way."""
     steps, tread, rise = 3, rng.uniform(9, 12), rng.uniform(8, 11)
     corners = np.arange(2 * steps + 1)
     x, y = polyline(t, tread * ((corners + 1) // 2), rise * (corners // 2))
@@ -291,13 +307,14 @@ def staircase(rng, t):
 
 
 def loop(rng, t):
-    # A loop-the-loop: along a line, once round in its middle, and on.
+    """A loop-the-loop: along a line, once round in its middle, and on."""
     along, radius = rng.uniform(20, 28), rng.uniform(8, 10)
     x, y = along * t + radius * np.sin(TAU * t), either(rng) * radius * np.cos(TAU * t)
     return Trajectory(*turn(rng.uniform(0, TAU), x, y))
 
 
 def heart(rng, t):
+    """Once around a heart."""
     phase = rng.uniform(0, TAU) + either(rng) * TAU * t
     size = rng.uniform(0.7, 0.9)
     x = 16 * np.sin(phase) ** 3
