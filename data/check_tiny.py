@@ -260,7 +260,7 @@ def target_inversion(models, judge):
         latents = mini_mi.encode_video(models, torch.cat(list(map(mini_mi.to_model_range, clips))))
         began = time.perf_counter()
         motion = mini_mi.train_motion(models, latents, mini_mi.encode_prompt(models, captions),
-                                      steps=SETTINGS["steps"])
+                                      steps=SETTINGS["steps"], lr=SETTINGS["lr"], batch=SETTINGS["batch"])
         seconds += time.perf_counter() - began
         inverted = mini_mi.ddim_invert(models, latents, mini_mi.encode_prompt(models, [""] * len(group)))
         noise = fresh_noise(models, len(group), seed=start + 1)
