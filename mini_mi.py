@@ -349,6 +349,25 @@ class Upsample2D(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
+def linear(x, weight, bias=None):
+    """x (..., C), weight (C_out, C) -> x W^T + bias, (..., C_out): F.linear.
+
+    On the CPU wide layers are computed as a 1x1 convolution. The sums are the same; torch's convolution
+    library can be twice as fast there as its matrix library, which is slow on processors of another maker.
+    """
+    if x.device.type != "cpu" or max(weight.shape) < 256:
+        return F.linear(x, weight, bias)
+    column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)       # (1, C, N, 1), a view: channels last
+    return F.conv2d(column, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Multi-head attention. q_in (N,Lq,C), k_in and v_in (N,Lk,D) -> (N,Lq,C).
 
@@ -359,10 +378,10 @@ class Attention(nn.Module):
     def __init__(self, width, heads, head_dim, context_width=None, bias=False):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, heads * head_dim, bias)
-        self.to_k = nn.Linear(context_width or width, heads * head_dim, bias)
-        self.to_v = nn.Linear(context_width or width, heads * head_dim, bias)
-        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, width)])    # a list: the keys are to_out.0.*
+        self.to_q = Linear(width, heads * head_dim, bias)
+        self.to_k = Linear(context_width or width, heads * head_dim, bias)
+        self.to_v = Linear(context_width or width, heads * head_dim, bias)
+        self.to_out = nn.ModuleList([Linear(heads * head_dim, width)])       # a list: the keys are to_out.0.*
 
     def forward(self, q_in, k_in, v_in):
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -521,12 +540,12 @@ class GEGLU(nn.Module):
 
     def __init__(self, width, inner):
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj = Linear(width, 2 * inner)
 
     def forward(self, x):
         # Two products with half of the matrix each: the backward of one product's split would have to
         # concatenate the halves.
-        value, gate = (F.linear(x, w, b) for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
+        value, gate = (linear(x, w, b) for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return value * F.gelu(gate)
 
 
@@ -535,7 +554,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x):
         return self.net(x)
@@ -568,12 +587,12 @@ class Transformer2DModel(nn.Module):
         heads = channels // c.attention_head_dim
         width = heads * c.attention_head_dim
         self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
-        self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.proj_in, self.proj_out = Linear(channels, width), Linear(width, channels)
         self.transformer_blocks = nn.ModuleList(
             [SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)])
 
     def forward(self, x, text):
-        h = self.norm(x).permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1])             # (B*F, H*W, C)
+        h = self.norm(x).flatten(2).transpose(1, 2).contiguous()                         # (B*F, H*W, C)
         h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, text)
@@ -868,14 +887,14 @@ class TransformerTemporalModel(nn.Module):
         super().__init__()
         width = heads * c.attention_head_dim
         self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
-        self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.proj_in, self.proj_out = Linear(channels, width), Linear(width, channels)
         self.transformer_blocks = nn.ModuleList(
             [TemporalTransformerBlock(width, heads, c.attention_head_dim)])
 
     def forward(self, x, frames, motion=None):
         _, channels, height, width = x.shape
         h = self.norm(x.unflatten(0, (-1, frames)).transpose(1, 2))                      # (B, C, F, H, W)
-        h = h.permute(0, 3, 4, 2, 1).reshape(-1, frames, channels)                       # (B*H*W, F, C)
+        h = h.permute(0, 3, 4, 2, 1).reshape(-1, frames, channels).contiguous()          # (B*H*W, F, C)
         h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, (height, width), motion)
@@ -1050,7 +1069,8 @@ class UNet3DConditionModel(nn.Module):
         batch, _, frames, _, _ = x.shape
         emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
 
-        h = self.conv_in(x.transpose(1, 2).flatten(0, 1))                                     # (B*F, C, H, W)
+        # contiguous: latents may lie in memory in another order; every layer would inherit it and be slower.
+        h = self.conv_in(x.transpose(1, 2).flatten(0, 1).contiguous())                        # (B*F, C, H, W)
         h = self.transformer_in(h, frames)
         skips = [h]
         for block in self.down_blocks:
