@@ -388,9 +388,11 @@ def kernel_distance(x, y):
     d = x.shape[1]
 
     def kernel(a, b):
+        """The cubic kernel of all pairs."""
         return (a @ b.T / d + 1) ** 3
 
     def without_self(a):
+        """Its mean over pairs of different samples."""
         k = kernel(a, a)
         return (k.sum() - np.trace(k)) / (len(a) * (len(a) - 1))
 
@@ -1553,6 +1555,7 @@ def notes(results):
 def markdown(results):
     """The tables and sentences, ready for a README."""
     def lines(heads, rows):
+        """A table in Markdown."""
         return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *rows])
 
     run, (main, *others) = results["run"], map(lambda t: lines(*t), tables(results))
@@ -1605,6 +1608,7 @@ def bars(title, values, line=None, line_name=""):
     low, high, left, right, step = min(0, *ends), max(1e-9, *ends), 132, 318, 21
 
     def x(value):
+        """Where it lies on the horizontal axis."""
         return left + (right - left) * (value - low) / (high - low)
 
     bottom = step * len(values) + 6
@@ -1658,6 +1662,7 @@ def clip_rows(lab):
 def html_table(heads, rows):
     """A table of texts; what stands in brackets and after goes to a second, smaller line."""
     def cell(text):
+        """One cell: the number, its interval in small type below."""
         main, bracket, rest = html.escape(text).partition(" (")
         return f"<td>{main}" + (f"<small>({rest}</small>" if bracket else "") + "</td>"
 
@@ -1669,6 +1674,7 @@ def html_table(heads, rows):
 def figures_html(arrays):
     """The tutorial figures as HTML."""
     def picture(values, ends, alt):
+        """An array as a picture, colours from ends[0] to ends[1]."""
         return f'<img class="pixels" alt="{alt}" src="{data_uri(heat(values, *ends))}">'
 
     # Both pictures of a pair share one scale; its ends leave out the extremes, which would pale all the rest.
@@ -1699,6 +1705,7 @@ def page(lab, results, arrays):
     others = [s for s in results["sentences"] if s not in answers]
 
     def items(texts):
+        """A list's items."""
         return "".join(f"<li>{html.escape(text)}</li>" for text in texts)
 
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">

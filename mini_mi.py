@@ -626,6 +626,7 @@ class TemporalConvLayer(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         def stage(*dropout):
+            """One of the four: norm at key 0, convolution at 2 or 3."""
             return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
                                  TemporalConv(channels, channels))
         # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
@@ -1317,6 +1318,7 @@ def motion_loss(kind, prediction, target, anchors):
               LoRA terms)
     """
     def mse(a, b):
+        """(B,C,F,H,W) twice -> (B,)"""
         return (a - b).square().mean(dim=(1, 2, 3, 4))
 
     if kind == "mse":
@@ -1628,6 +1630,7 @@ class _KeepRedirects(urllib.request.HTTPRedirectHandler):
     """Makes urllib hand redirects back: their headers hold the hash, and the token must stay behind."""
 
     def redirect_request(self, *args):
+        """No request: the answer itself goes to the caller."""
         return None
 
 
@@ -1790,6 +1793,7 @@ def _picture_frames(path):
 def _folder_frames(folder):
     """Yield the images of a folder as RGB PIL images in natural order (2.png before 10.png)."""
     def natural(path):
+        """A file name, its numbers as numbers."""
         return [int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", path.name)]
 
     paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -1896,9 +1900,11 @@ def _webp(frames, fps):
     still (WebP container specification).
     """
     def chunk(name, data):
+        """A RIFF chunk, padded to even length."""
         return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
 
     def bits24(*numbers):
+        """Little-endian, three bytes each."""
         return b"".join(struct.pack("<I", number)[:3] for number in numbers)
 
     size = bits24(frames.shape[2] - 1, frames.shape[1] - 1)
@@ -2002,6 +2008,7 @@ def loss_curve(losses):
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14 * zoom)
 
     def place(step, loss):
+        """Its pixel in the picture."""
         return left + (right - left) * (step - 1) / (last - 1), bottom - (bottom - top) * loss / highest
 
     for tick in _ticks(0, highest):
@@ -2149,6 +2156,7 @@ def parse(argv=None):
 def check(config, given):
     """UserError for values and combinations that make no sense; given: the names on the command line."""
     def refuse(condition, message):
+        """UserError if the condition holds."""
         if condition:
             raise UserError(message)
 
@@ -2249,20 +2257,24 @@ def learn(config, models, latents, out, settings):
     """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
     # The state's name holds what determines the steps that were made, so no run continues another one's. The
     # number of steps is not in it: a longer run goes on from a shorter one.
-    key = repr([settings, config.lr, config.batch, config.loss, config.seed, config.model, config.dtype,
-                config.source_prompt])
-    digest = hashlib.sha256(key.encode() + latents.cpu().numpy().tobytes()).hexdigest()
-    state = out / f"training-{digest[:12]}.pt"
+    text = encode_prompt(models, [config.source_prompt])
+    digest = hashlib.sha256(repr([settings, config.lr, config.batch, config.loss, config.seed,
+                                  config.dtype]).encode())
+    # One number of each of its tensors tells a model from a retrained one.
+    weights = torch.stack([p.flatten()[0] for p in models.unet.parameters()])
+    for part in (weights, text, latents):
+        digest.update(part.float().cpu().numpy().tobytes())
+    state = out / f"training-{digest.hexdigest()[:12]}.pt"
     source = dict(video=config.video, prompt=config.source_prompt)
 
     def keep(step, motion):
+        """A snapshot, as a motion file of its own."""
         motion.source = source
         motion.save(out / f"motion-step{step}.safetensors")
 
-    motion = train_motion(models, latents, encode_prompt(models, [config.source_prompt]), steps=config.steps,
-                          lr=config.lr, batch=config.batch, seed=config.seed, loss=config.loss, state=state,
-                          snapshots=config.snapshots, on_snapshot=keep, checkpointing=config.checkpointing,
-                          **settings)
+    motion = train_motion(models, latents, text, steps=config.steps, lr=config.lr, batch=config.batch,
+                          seed=config.seed, loss=config.loss, state=state, snapshots=config.snapshots,
+                          on_snapshot=keep, checkpointing=config.checkpointing, **settings)
     motion.source = source
     motion.save(out / "motion.safetensors")
     with atomic_write(out / "loss.png") as temporary:
@@ -2309,6 +2321,7 @@ def run(config):
     clock, seconds = time.perf_counter(), {}
 
     def lap(name):
+        """Ends a part of the run and notes its seconds."""
         nonlocal clock
         seconds[name] = round(time.perf_counter() - clock, 2)
         clock = time.perf_counter()
@@ -2316,6 +2329,7 @@ def run(config):
     # Everything random comes from the seed alone, so a later run with --motion repeats these frames exactly.
     # Training draws from `seed` itself; the two streams here have seeds of their own.
     def generator(stream):
+        """Random numbers for one purpose."""
         return torch.Generator().manual_seed(config.seed + stream)
 
     try:  # If out is no place to write to, or anything else cannot be, say so now and not after the training.
@@ -2351,6 +2365,7 @@ def run(config):
     negative = encode_prompt(models, [config.negative_prompt] * len(config.prompts))
 
     def generate(embeddings):
+        """One clip per prompt, uint8; every call from the same noise."""
         result = sample(models, noise, text, negative, config.sample_steps, config.guidance, embeddings)
         return [to_uint8(video) for video in decode_video(models, result)]
 

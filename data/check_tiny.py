@@ -279,6 +279,7 @@ def target_inversion(models, judge):
 def judged(judge, clip, prompt, caption, videos):
     """Scores of one reference clip, per variant: motion fidelity, text similarity, leakage."""
     def moving(frames):
+        """The tracks that are visible throughout."""
         tracks, visible = eval_mi.track_points(frames, GRID)
         return tracks[visible.all(1)]
 
@@ -298,18 +299,22 @@ def judged(judge, clip, prompt, caption, videos):
 def inversion_rows(scores):
     """scores: per clip what `judged` gives."""
     def mean(group, name, key):
+        """Mean score of a variant over clips."""
         return float(np.mean([clip[name][key] for clip in group]))
 
     def ratio_row(what, statistic, asked, met):
+        """A row with an interval by jackknife over clips."""
         value, low, high = eval_mi.jackknife(statistic, scores)
         return Row(what, asked, f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}", str(len(scores)),
                    bool(met(value)))
 
     def way(group):
+        """0: where plain sampling stands; 1: the reference through the autoencoder."""
         floor = mean(group, "base-no-inversion", "fidelity")
         return (mean(group, "full", "fidelity") - floor) / (mean(group, "vae", "fidelity") - floor)
 
     def change(group):
+        """Relative change of text similarity by the embeddings."""
         return mean(group, "full", "similarity") / mean(group, "base", "similarity") - 1
 
     rows = [mean_row(f"4 motion fidelity, {name}", [clip[name]["fidelity"] for clip in scores])

@@ -114,6 +114,7 @@ def train(stage, model, loss_of, args, watch=None):
         first = state["step"]
 
     def save(step):
+        """Writes the state, never half of it."""
         state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(),
                      optimizer=optimizer.state_dict())
         torch.save(state, state_file.with_suffix(".tmp"))
@@ -154,6 +155,7 @@ def train_vae(args):
     model = load_part(args, mini_mi.AutoencoderKL(VAE), "vae").to(args.device)
 
     def loss_of(model, step, generator):
+        """One batch: its loss, and what goes to the log."""
         x = pixels(frames[torch.randint(len(frames), (batch,), generator=generator)], args.device)
         with torch.autocast(args.device.type, torch.bfloat16):
             mean, logvar = model.encode(x)
@@ -166,6 +168,7 @@ def train_vae(args):
 
     @torch.no_grad()
     def watch(model, path):
+        """Says what held-out clips give."""
         y = model.decode(model.encode(held)[0])
         rows = torch.stack([held, y], 1).clamp(-1, 1)[:12].flatten(0, 1)         # real, decoded, real, ...
         sheet = rows.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
@@ -265,10 +268,12 @@ def train_clip(args):
                  for v in (eval_mi.CLIP_MEAN, eval_mi.CLIP_STD))
 
     def logits(model, x):
+        """Cosine of every picture with every caption."""
         x = model.image_features(((x + 1) / 2 - mean) / std)
         return x @ model.text_features(ids).T
 
     def loss_of(model, step, generator):
+        """One batch: its loss, and what goes to the log."""
         pick = torch.randint(len(clips), (batch,), generator=generator)
         frame = torch.randint(world.FRAMES, (batch,), generator=generator)
         x = pixels(clips[pick, frame], args.device)
@@ -286,6 +291,7 @@ def train_clip(args):
 
     @torch.no_grad()
     def watch(model, path):
+        """Says what held-out clips give."""
         right = [logits(model, pixels(clip[::5], args.device)).argmax(1).cpu() == label
                  for clip, label in zip(held, held_labels)]
         print(f"\n{path.stem}: caption of {len(right)} clips of held-out motions, right on "
@@ -321,7 +327,7 @@ def train_unet(stage, args):
     """v-prediction with min-SNR weights (arXiv 2303.09556) on 1, 8 or 16 frames of the latent clips.
 
     The error of v is (snr + 1) times that of x0. Its weight caps this factor at 5, and unlike min(snr, 5) it
-    does not vanish where noise is strongest: sixteen alike frames show where a sprite goes through much noise.
+    does not vanish where noise is strongest: sixteen alike frames show the sprite through much noise.
     """
     frames = {"images": 1, "clips8": 8, "clips": 16}[stage]
     if stage == "images" and (args.fresh or not (args.to / "unet").exists()):
@@ -338,6 +344,7 @@ def train_unet(stage, args):
     backends = [SDPBackend.MATH] if device.type == "cpu" else cuda
 
     def loss_of(unet, step, generator):
+        """One batch: its loss, and what goes to the log."""
         pick = torch.randint(len(latents), (batch,), generator=generator)
         first = int(torch.randint(world.FRAMES - frames + 1, (), generator=generator))
         x0 = latents[pick, :, first:first + frames].float()
@@ -356,6 +363,7 @@ def train_unet(stage, args):
 
     @torch.no_grad()
     def watch(unet, path):
+        """Draws what some captions give."""
         models.unet, prompts = unet, every[7::53]
         noise = torch.randn(len(prompts), 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
         text, negative = (mini_mi.encode_prompt(models, p) for p in (prompts, [""] * len(prompts)))
@@ -413,6 +421,7 @@ def curve(draw, font, zoom, corner, size, entries, name):
     low, high = (0, 1) if name == "accuracy" else (heights.min() - margin, heights.max() + margin)
 
     def place(step, value):
+        """Its pixel in the picture."""
         return left + width * step / max(1, steps[-1]), top + height * (1 - (value - low) / (high - low))
 
     ticks = mini_mi._ticks(low, high)
@@ -437,6 +446,7 @@ def curve(draw, font, zoom, corner, size, entries, name):
 
 
 def main(argv=None):
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     p.add_argument("--work", type=Path, default=HERE.parent / "out" / "tiny",

@@ -337,6 +337,7 @@ APPEARANCE, MOTION, PARAMETERS, PLACE = range(4)
 
 
 def generator(seed, purpose):
+    """One stream of random numbers per purpose of a scene."""
     return np.random.default_rng([seed, purpose])
 
 
@@ -367,6 +368,7 @@ def trajectory(scene, frames=FRAMES):
     never off the frames, so that any number of frames shows the same path.
     """
     def moved(t):
+        """The trajectory at times t in [0, 1]."""
         values = MOTIONS[scene["motion"]](generator(scene["seed"], PARAMETERS), t)
         return Trajectory(*(np.broadcast_to(np.asarray(v, float), t.shape) for v in values))
 
@@ -375,6 +377,7 @@ def trajectory(scene, frames=FRAMES):
     rng = generator(scene["seed"], PLACE)
 
     def place(values, bounds):
+        """Moves a coordinate to a random place inside the picture."""
         low, high = margin - bounds.min(), SIZE - margin - bounds.max()
         # A path that is too wide for its sprite hangs over equally on both sides.
         return values + (rng.uniform(low, high) if low < high else (low + high) / 2)

@@ -426,3 +426,20 @@ def test_another_setting_does_not_continue_that_training(start, monkeypatch):
     for change in [*same, *others]:
         assert start(*change)[0] == 2
     assert len(set(seen[:len(same)])) == 1 and len(set(seen)) == 1 + len(others)
+
+
+def test_a_retrained_model_does_not_continue_that_training(start, tiny_random, tmp_path, monkeypatch):
+    """The same folder with other weights in it; the same weights in another folder."""
+    seen = []
+
+    def record(*args, state, **settings):
+        seen.append(state.name)
+        raise mini_mi.UserError("enough")
+
+    monkeypatch.setattr(mini_mi, "train_motion", record)
+    copied = shutil.copytree(tiny_random, tmp_path / "copy")
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    assert start()[0] == start(model=copied)[0] == 2
+    mini_mi.save_safetensors(weights, {k: 1.01 * v for k, v in mini_mi.load_tensors(weights).items()})
+    assert start(model=copied)[0] == 2
+    assert seen[0] == seen[1] != seen[2]
