@@ -11,10 +11,12 @@ has not seen has to be inverted.
 
 All geometry is in pixels of a 64-pixel picture, x to the right and y DOWN, and scales with the size that
 is rendered. Time t runs from 0 (first frame) to 1 (last frame): more frames show the same path more slowly.
-`python data/world.py` writes the reference clips to data/clips/.
+`python data/world.py` writes the reference clips to data/clips/; `python data/world.py FOLDER` writes other
+clips of the same motions there, to choose settings by.
 """
 
 import json
+import sys
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -430,6 +432,18 @@ CLIPS = {
     "pan_counter_2": ("pan_counter", 9, "a red triangle on a purple striped background"),
 }
 
+# Other clips of the same motions, to choose settings by: what was chosen on CLIPS would flatter itself there.
+VALIDATION = {
+    "figure_eight_v": ("figure_eight", 101, "a green triangle on a brown checkered background"),
+    "spiral_v": ("spiral", 102, "a blue square on a teal plain background"),
+    "s_curve_v": ("s_curve", 103, "a magenta star on a purple checkered background"),
+    "pendulum_v": ("pendulum", 104, "a white circle on a teal striped background"),
+    "staircase_v": ("staircase", 105, "a yellow star on a grey checkered background"),
+    "loop_v": ("loop", 106, "a red circle on a brown plain background"),
+    "heart_v": ("heart", 107, "a white square on a purple plain background"),
+    "pan_counter_v": ("pan_counter", 108, "a blue circle on a grey striped background"),
+}
+
 
 def target_prompts(reference, seed, motion):
     """Three captions that differ from `reference` everywhere, and from each other in all but the pattern."""
@@ -449,12 +463,12 @@ def read_clip(file):
         return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
-def write_clips(folder):
-    """Write every reference clip as a lossless animated WebP, and clips.json with what is known about it."""
+def write_clips(folder, clips):
+    """Write reference clips as lossless animated WebP, and clips.json with what is known about them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    for name, (motion, seed, words) in CLIPS.items():
+    for name, (motion, seed, words) in clips.items():
         frames = render(scene(seed, [motion], words))
         first, *rest_of_them = [Image.fromarray(frame) for frame in frames]
         file = folder / f"{name}.webp"
@@ -469,4 +483,7 @@ def write_clips(folder):
 
 
 if __name__ == "__main__":
-    write_clips(Path(__file__).parent / "clips")
+    if sys.argv[1:]:
+        write_clips(sys.argv[1], VALIDATION)
+    else:
+        write_clips(Path(__file__).parent / "clips", CLIPS)

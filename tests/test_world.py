@@ -129,6 +129,18 @@ def test_clips_are_their_render():
         assert np.array_equal(world.read_clip(DATA / "clips" / f"{name}.webp"), expected)
 
 
+def test_validation_clips_are_others_of_the_same_motions(tmp_path):
+    """One clip per held-out motion; no seed and no appearance of the reference clips."""
+    world.write_clips(tmp_path / "clips", world.VALIDATION)
+    made = json.loads((tmp_path / "clips" / "clips.json").read_text())
+    assert sorted(clip["motion"] for clip in made.values()) == sorted(world.HELDOUT_MOTIONS)
+    for key in ("seed", "caption"):
+        assert not {clip[key] for clip in made.values()} & {clip[key] for clip in CLIPS.values()}
+    for name, clip in made.items():
+        expected = world.render(world.scene(clip["seed"], [clip["motion"]], clip["caption"]))
+        assert np.array_equal(world.read_clip(tmp_path / "clips" / f"{name}.webp"), expected)
+
+
 def test_target_prompts_share_nothing_with_their_clip():
     for clip in CLIPS.values():
         own = world.attributes(clip["caption"])
