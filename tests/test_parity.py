@@ -120,6 +120,34 @@ def test_unet_equals_diffusers(levels, layers, head_dim, groups, batch, frames, 
         assert relative(ours(x[-1:], int(each[-1]), text[-1:]), there[-1:]) < CLOSE
 
 
+@pytest.mark.parametrize("shape, width",
+                         [((3, 5, 64), 256), ((2, 1, 320), 320), ((7, 64), 255), ((1, 300), 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_torch(shape, width, bias):
+    """Wide layers, computed as convolutions, and narrow ones; values and gradients; rows in any order."""
+    torch.manual_seed(0)
+    ours, reference = mini_mi.Linear(shape[-1], width, bias), torch.nn.Linear(shape[-1], width, bias)
+    reference.load_state_dict(ours.state_dict())
+    for x in (torch.randn(shape), torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))):
+        results = []
+        for layer in (ours, reference):
+            leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(True)
+            y = layer(leaf)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
+        assert all(a.shape == b.shape and relative(a, b) < CLOSE for a, b in zip(*results, strict=True))
+
+
+def test_unet_takes_latents_in_any_order_in_memory(models):
+    """Those of encode_video lie channels last: the same answer, in the same order."""
+    x = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    text = mini_mi.encode_prompt(models, ["a red star"])
+    other = x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    assert other.stride() != x.stride()
+    with torch.no_grad():
+        a, b = (models.unet(latents, 7, text) for latents in (x, other))
+    assert a.stride() == b.stride() and torch.equal(a, b)
+
+
 def test_unet_gradients_equal_diffusers():
     """With respect to the input and to a weight of the temporal attention."""
     torch.manual_seed(0)
