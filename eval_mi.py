@@ -21,11 +21,12 @@ Letters: B batch, F frames, h w pixels, H W latent grid, C channels, D feature w
 samples or tracks, K = F-1 steps of a track.
 
 Checked against: transformers' CLIP and pytorch-fid's Inception network (to 1e-4), hand-worked cases for every
-metric, simulated coverage for every interval. See tests/.
+metric, simulated coverage for intervals of means, shares and the jackknife. See tests/.
 """
 
 import argparse
 import base64
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -38,7 +39,7 @@ import math
 import os
 import platform
 import re
-import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -524,16 +525,19 @@ def motion_fidelity(tracks_a, tracks_b, mode="paper", still=0.5):
     return round(float(corr.max(1).values.mean() + corr.max(0).values.mean()) / 2, 12)
 
 
-def cotracker(video, grid):
-    """`track_points` by CoTracker 3 (arXiv 2410.11831), fetched through torch.hub; non-commercial licence.
-
-    video (B,F,h,w,3) uint8 -> tracks (B,n,F,2), visible (B,n,F)
-    """
+@functools.cache
+def cotracker_model():
+    """CoTracker 3 (arXiv 2410.11831), fetched through torch.hub; non-commercial licence."""
     try:
-        model = torch.hub.load("facebookresearch/co-tracker", "cotracker3_offline", trust_repo=True)
-    except OSError as e:
-        raise mini_mi.UserError(f"cannot fetch CoTracker ({e}): check the network, or take lk") from None
-    model = model.to(video.device)
+        return torch.hub.load("facebookresearch/co-tracker", "cotracker3_offline", trust_repo=True)
+    except (OSError, RuntimeError, ImportError) as e:              # RuntimeError: torch.hub without a network
+        raise mini_mi.UserError(f"cannot fetch CoTracker ({mini_mi.one_line(e)}): "
+                                "check the network, or take --tracker lk") from None
+
+
+def cotracker(video, grid):
+    """`track_points` by CoTracker: video (B,F,h,w,3) uint8 -> tracks (B,n,F,2), visible (B,n,F)"""
+    model = cotracker_model().to(video.device)
     with torch.no_grad():
         # One clip at a time: it takes (1,F,3,h,w) in 0..255 and gives (1,F,n,2), (1,F,n).
         found = [model(v.permute(0, 3, 1, 2)[None].float(), grid_size=grid) for v in video]
@@ -608,13 +612,13 @@ def holm(p_values):
     return adjusted.tolist()
 
 
-def detectable_difference(half_width, n, power=0.8):
-    """The smallest true difference that a test at 5 % on n groups would have found with the given power.
+def detectable_difference(half_width, n, power=0.8, alpha=0.05):
+    """The smallest true difference that a test at `alpha` on n groups would have found with the given power.
 
-    half_width: of the 95 % t interval that was seen. (t_.975 + t_power) standard errors.
+    half_width: of the 95 % t interval that was seen. (t_(1 - alpha/2) + t_power) standard errors.
     """
     t = scipy.stats.t(n - 1)
-    return float(half_width * (t.ppf(0.975) + t.ppf(power)) / t.ppf(0.975)) if n > 1 else math.inf
+    return float(half_width * (t.ppf(1 - alpha / 2) + t.ppf(power)) / t.ppf(0.975)) if n > 1 else math.inf
 
 
 def jackknife(statistic, groups):
@@ -711,8 +715,10 @@ WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": w
 # Part of every key. Raise it with any change of code after which a cell would hold something else.
 CELL_VERSION = 1
 
-# As the main job does it, but for the sampling steps: 40 minutes on two cores is the budget.
-BUDGET = {**mini_mi.MODEL_DEFAULTS, "tiny": {**mini_mi.MODEL_DEFAULTS["tiny"], "sample_steps": 15}}
+# As the main job does it, but that latents are the autoencoder's mean, and that two numbers of steps are
+# smaller for the embedded model: 40 minutes on two cores is the budget.
+BUDGET = {"tiny": {**mini_mi.MODEL_DEFAULTS["tiny"], "sample_steps": 15, "invert_steps": 25, "together": 5},
+          "other": {**mini_mi.MODEL_DEFAULTS["other"], "invert_steps": mini_mi.INVERT_STEPS, "together": 1}}
 
 
 @dataclasses.dataclass
@@ -732,19 +738,21 @@ class Settings:
     lr: float = option(None, "learning rate of the training")
     batch: int = option(None, "noise levels in every training step")
     sample_steps: int = option(None, "sampling steps")
-    invert_steps: int = option(25, "steps of the inversion that gives the start noise")
+    invert_steps: int = option(None, "steps of the inversion that gives the start noise")
     guidance: float = option(None, "strength of the prompt while sampling")
     noise_prior: float = option(0.5, "share of the inverted reference in the start noise, 0 to 1")
     frames: int = option(None, "frames per clip")
     size: str = option(None, "WIDTHxHEIGHT in pixels")
-    together: int = option(5, "clips that share a training batch; a large model on one GPU: 1")
+    together: int = option(None, "clips that share a training batch")
+    checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
     sample_batch: int = option(4, "clips that are sampled at once: 4 suits a CPU, a GPU likes more")
     tracker: str = option("lk", "lk: built-in Lucas-Kanade; cotracker: CoTracker 3, fetched by torch.hub",
                           choices=("lk", "cotracker"))
     grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55")
     votes: str = option(None, "CSV file of User Preference votes")
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("float32", "number format of the UNet", choices=("float32", "bfloat16", "float16"))
+    dtype: str = option(None, "number format of the UNet (default: float16 for large models on CUDA, else "
+                              "float32)", choices=("float32", "bfloat16", "float16"))
     quick: bool = option(False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
     report: bool = option(False, "only rebuild the report, from the cells that are finished")
 
@@ -804,7 +812,8 @@ def read_clips(settings):
     for name, entry in list(index.items())[:settings.clip_count]:
         entry = entry if isinstance(entry, dict) else {}
         caption, prompts = entry.get("caption"), entry.get("prompts", [])
-        if not isinstance(caption, str) or len(prompts) < settings.prompt_count:
+        listed = isinstance(prompts, list) and len(prompts) >= settings.prompt_count
+        if not isinstance(caption, str) or not listed:
             raise mini_mi.UserError(f"{file}: {name} needs a caption and {settings.prompt_count} prompts; "
                                     "add them or lower --prompt-count")
         paths = sorted(p for p in file.parent.iterdir() if name in (p.name, p.stem) and p != file)
@@ -837,7 +846,10 @@ class Store:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise mini_mi.UserError(f"cannot write into {folder} ({e.strerror}): take another --out") from e
 
     def path(self, kind, key):
         """Where the file of this key is or would be."""
@@ -860,21 +872,30 @@ class Store:
             if about.pop("key") != key:
                 raise ValueError("it belongs to another key")
             return about, arrays
+        except MemoryError:
+            raise
         except Exception as e:                                       # a damaged zip file raises a dozen types
             aside = path.with_suffix(".corrupt")
-            os.replace(path, aside)
+            with contextlib.suppress(FileNotFoundError):             # another rank was first
+                os.replace(path, aside)
             tqdm.write(f"warning: {path.name} is damaged ({e}): set aside as {aside.name}", file=sys.stderr)
 
 
 def pick_device(name):
     """The torch.device of `--device`; under torchrun every process of a machine takes a GPU of its own."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise mini_mi.UserError(f"--device {name}: it takes auto, cpu or cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise mini_mi.UserError("--device cuda: no CUDA device is found here; use --device cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise mini_mi.UserError(f"{device} is not there: start no more processes than there are GPUs, "
+                                f"{torch.cuda.device_count()}")
+    return device
 
 
 def check_captions(clips):
@@ -901,7 +922,8 @@ class Lab:
         own = self.model_folder / "clip"
         self.clip_name = settings.clip or str(own if own.is_dir() else "openai/clip-vit-base-patch32")
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
-        self.in_world = self.clip_name == str(own)
+        small = mini_mi.model_defaults(str(self.model_folder)) is mini_mi.MODEL_DEFAULTS["tiny"]
+        self.in_world = small and own.is_dir() and Path(self.clip_name).resolve() == own.resolve()
         if self.in_world:
             check_captions(self.clips)
         self.store = Store(Path(settings.out) / "cells")
@@ -923,6 +945,18 @@ class Lab:
     def inception(self):
         """The network of FID, for models of the real world."""
         return InceptionV3.pretrained(self.device)
+
+    def ready(self):
+        """Loads, and fetches, whatever the grid needs: what is missing shows now and not after hours."""
+        if self.settings.votes:
+            read_votes(self.settings.votes)
+        for steps in (self.settings.sample_steps, self.settings.invert_steps):
+            self.models.scheduler.timesteps(steps)               # raises if the schedule has not so many
+        needed = ["judge", "judge_key"] if self.in_world else ["judge", "judge_key", "inception"]
+        for name in needed:
+            getattr(self, name)
+        if self.settings.tracker == "cotracker":
+            cotracker_model()
 
     @functools.cached_property
     def judge_key(self):
@@ -990,7 +1024,8 @@ class Lab:
             began = time.perf_counter()
             state = self.store.folder / f"training-{digest(keys)}.pt"
             motion = mini_mi.train_motion(self.models, latents, text, steps=s.steps, lr=s.lr, batch=s.batch,
-                                          seed=train_seed, state=state, progress=False, **variant.train)
+                                          seed=train_seed, state=state, checkpointing=s.checkpointing,
+                                          progress=False, **variant.train)
             cost = {"train_seconds": (time.perf_counter() - began) / len(clips), "memory": self.peak_memory(),
                     "parameters": sum(p.numel() for p in motion.parameters()) // len(clips)}
             for i, (clip, key) in enumerate(zip(clips, keys)):
@@ -1105,11 +1140,8 @@ class Lab:
         return {**right, "attributes": float(np.mean(list(right.values())))}
 
     def peak_memory(self):
-        """MiB: on a GPU the most allocated since the reset, on the CPU the most of the process so far."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2 ** 20
-        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10                   # bytes there, KiB elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        """MiB: the most that was allocated on the GPU since the reset; None on a CPU, which does not tell."""
+        return torch.cuda.max_memory_allocated(self.device) / 2 ** 20 if self.device.type == "cuda" else None
 
 
 @dataclasses.dataclass
@@ -1125,7 +1157,7 @@ class Unit:
 
     def training_cost(self, settings):
         """Of the training that all cells wait for."""
-        return 3 * settings.steps * len(self.clips) if self.trained else 0
+        return 3 * settings.steps * settings.batch * len(self.clips) if self.trained else 0
 
     def cost(self, settings):
         """Of the whole unit."""
@@ -1191,7 +1223,7 @@ def run_cells(lab, unit, cells):
         kept = [lab.store.read("video", lab.video_key(c)) for c in batch]
         if not all(kept):
             latents, inverted = lab.prepare(unit.clips)
-            motion, cost = None, {"train_seconds": 0.0, "memory": 0.0, "parameters": 0}
+            motion, cost = None, {"train_seconds": 0.0, "memory": None, "parameters": 0}
             i = unit.clips.index(clip)
             if unit.trained:
                 motion, cost = lab.train(unit.clips, variant, unit.train_seed)[i]
@@ -1210,6 +1242,7 @@ METRICS = {"text_similarity": "Text Similarity ↑", "motion_fidelity": "Motion 
            "temporal_consistency": "Temporal Consistency ↑", "leakage": "Appearance leakage ↓",
            "attributes": "Attributes shown ↑"}
 PRIMARY = ("motion_fidelity", "text_similarity")        # with ABLATIONS four tests, fixed before any result
+FAMILY = len(PRIMARY) * len(ABLATIONS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -1239,9 +1272,11 @@ def collect(lab):
     votes = preference(read_votes(lab.settings.votes), by_name) if lab.settings.votes else {}
     distances = {name: FrechetToReal(lab, members) for name, members in by_name.items()}
     comparisons = [compare(name, members, full, distances[name], distances["full"])
-                   for name, members in by_name.items() if name != "full" and not VARIANTS[name].own_prompt]
+                   for name, members in by_name.items() if name != "full" and not VARIANTS[name].own_prompt
+                   and {s.key for s in members} & {s.key for s in full}]
     family = [c["metrics"][m] for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
-    for test, adjusted in zip(family, holm([test["p"] for test in family])):
+    # A test of the family that was not made counts as one without a finding.
+    for test, adjusted in zip(family, holm([test["p"] for test in family] + [1.0] * (FAMILY - len(family)))):
         test["p_holm"] = adjusted
     return {
         "settings": dataclasses.asdict(lab.settings), "finished": len(samples), "planned": len(lab.cells),
@@ -1268,7 +1303,9 @@ def row(name, members, distance, vote):
             "kid": kernel_distance(*distance.pooled(distance.groups)), "frames": distance.frames,
             "preference": vote, "moving_tracks": float(np.mean([a["moving_tracks"] for a in about])),
             "moving_share": float(np.mean([a["moving_tracks"] / max(1, a["tracks"]) for a in about])),
-            "cost": {key: float(np.mean([a["cost"][key] for a in about])) for key in about[0]["cost"]}}
+            "still": sum(a["moving_tracks"] == 0 for a in about),
+            "cost": {key: None if None in [a["cost"][key] for a in about]
+                     else float(np.mean([a["cost"][key] for a in about])) for key in about[0]["cost"]}}
 
 
 class FrechetToReal:
@@ -1281,11 +1318,10 @@ class FrechetToReal:
 
     def __init__(self, lab, members):
         self.lab, self.members = lab, members
-        self.groups = list(dict.fromkeys(s.cell.clip.name for s in members))
+        self.groups = tuple(dict.fromkeys(s.cell.clip.name for s in members))
         self.fake = {g: np.concatenate([s.arrays["fid_features"] for s in self.of(g)]) for g in self.groups}
         self.real = self._real_set(0)
         self.frames = sum(map(len, self.fake.values()))
-        self.known = {}
 
     def of(self, group):
         """The samples of one clip."""
@@ -1302,19 +1338,17 @@ class FrechetToReal:
         """Features of these clips: fake (n,d), real (m,d)."""
         return tuple(np.concatenate([side[g] for g in groups]) for side in (self.fake, self.real))
 
+    @functools.cache
     def __call__(self, groups):
-        groups = tuple(groups)
-        if groups not in self.known:
-            self.known[groups] = frechet_distance(*self.pooled(groups))
-        return self.known[groups]
+        return frechet_distance(*self.pooled(groups))
 
     def floor(self):
         """Real from real, or None where there are too few clips to say."""
         if self.lab.in_world:
             other = self._real_set(1)
             return frechet_distance(*(np.concatenate(list(side.values())) for side in (self.real, other)))
-        halves = self.groups[::2], self.groups[1::2]
-        return frechet_distance(*(self.pooled(half)[1] for half in halves)) if halves[1] else None
+        halves = [self.pooled(half)[1] for half in (self.groups[::2], self.groups[1::2]) if half]
+        return frechet_distance(*halves) if len(halves) == 2 and min(map(len, halves)) > 1 else None
 
 
 def compare(name, members, full, distance, full_distance):
@@ -1323,11 +1357,12 @@ def compare(name, members, full, distance, full_distance):
     pairs = [(s, partner[s.key]) for s in members if s.key in partner]
     clips = [s.cell.clip.name for s, _ in pairs]
     metrics = {}
-    for m in [m for m in METRICS if m in members[0].about["scores"] and pairs]:
+    for m in [m for m in METRICS if m in members[0].about["scores"]]:
         a, b = zip(*[(s.about["scores"][m], f.about["scores"][m]) for s, f in pairs])
         mean, low, high, p = paired_difference(a, b, clips)
+        alpha = 0.05 / FAMILY if name in ABLATIONS and m in PRIMARY else 0.05
         metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
-                      "detectable": detectable_difference(high - mean, len(set(clips)))}
+                      "detectable": detectable_difference(high - mean, len(set(clips)), alpha=alpha)}
     same = len(pairs) == len(members) == len(full)                   # else the two distances differ in n
     frechet = jackknife(lambda g: distance(g) - full_distance(g), distance.groups) if same else None
     return {"name": name, "pairs": len(pairs), "clips": len(set(clips)), "metrics": metrics,
@@ -1372,11 +1407,16 @@ def sentence(comparison):
         verb = "rose" if test["mean"] > 0 else "fell"
         if not math.isfinite(test["low"]):
             parts.append(f"{title} {verb} by {abs(test['mean']):.3f}, but one clip says nothing about chance")
+        elif p < 0.05:
+            parts.append(f"{title} {verb} by {said}")
         elif test["low"] * test["high"] > 0:
-            parts.append(f"{title} {verb} by {said}" + ("" if p < 0.05 else ": a hint, not a finding"))
+            parts.append(f"{title} {verb} by {said}: a hint, not a finding")
         else:
-            parts.append(f"No change of {title} was detected: it {verb} by {said}; a change of "
-                         f"{test['detectable']:.3f} would have shown in four of five such experiments")
+            # All k clips of one sign give p = 2 / 2^k, times the number of tests after Holm: never less.
+            least = 2 / 2 ** comparison["clips"] * (FAMILY if "p_holm" in test else 1)
+            power = (f"a change of {test['detectable']:.3f} would have shown in four of five such experiments"
+                     if least < 0.05 else "so few clips could not have shown any")
+            parts.append(f"No change of {title} was detected: it {verb} by {said}; {power}")
     return f"{comparison['name']} against full, {comparison['clips']} clips: {'. '.join(parts)}."
 
 
@@ -1392,7 +1432,7 @@ def read_votes(path):
     empty, or, in an attention check, the answer that is obviously right.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:       # spreadsheets begin it with a mark
             votes = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise mini_mi.UserError(f"--votes {path} cannot be read: {e}") from None
@@ -1401,14 +1441,18 @@ def read_votes(path):
             raise mini_mi.UserError(f"--votes {path}, line {line}: columns are {','.join(VOTE_FIELDS)}")
         if vote["choice"] not in vote["options"].split("|"):
             raise mini_mi.UserError(f"--votes {path}, line {line}: {vote['choice']!r} is not an option")
+        if vote["check"] not in ("", *vote["options"].split("|")):
+            raise mini_mi.UserError(f"--votes {path}, line {line}: check {vote['check']!r} is not an option")
+    if not votes:
+        raise mini_mi.UserError(f"--votes {path} has no vote in it")
     return votes
 
 
 def preference(votes, names):
     """Of the votes in which a variant was shown, the share that picked it -> name -> dict; chance is 1/k.
 
-    Whoever fails an attention check is left out. Two intervals: Wilson's, which takes votes for independent,
-    and a bootstrap over participants, which does not.
+    Whoever fails an attention check is left out. The interval spans two: Wilson's, which takes votes for
+    independent, and a bootstrap over participants, which does not, but has no width where all agree.
     """
     careless = {v["participant"] for v in votes if v["check"] and v["choice"] != v["check"]}
     votes = [v for v in votes if not v["check"] and v["participant"] not in careless]
@@ -1417,9 +1461,10 @@ def preference(votes, names):
         shown = [v for v in votes if name in v["options"].split("|")]
         wins, people = [int(v["choice"] == name) for v in shown], [v["participant"] for v in shown]
         if shown:
+            low, high = zip(wilson_interval(sum(wins), len(wins)), clustered_share(wins, people))
             found[name] = {"share": sum(wins) / len(wins), "votes": len(wins), "people": len(set(people)),
-                           "wilson": wilson_interval(sum(wins), len(wins)),
-                           "clustered": clustered_share(wins, people)}
+                           "low": min(low), "high": max(high),
+                           "chance": float(np.mean([1 / len(v["options"].split("|")) for v in shown]))}
     return found
 
 
@@ -1504,12 +1549,12 @@ def tables(results):
     distance = f"Fréchet distance ({judge} features) ↓"
     main, differences, details = [], [], []
     for r in rows:
-        vote = r["preference"] and (r["preference"]["share"], *r["preference"]["clustered"])
+        vote = r["preference"] and tuple(r["preference"][key] for key in ("share", "low", "high"))
         main.append([r["name"], *(interval(r["metrics"][m]) for m in three), interval(r["frechet"]),
                      interval(vote), *(interval(r["metrics"][m]) for m in more), f"{r['n']} ({r['clips']})"])
         cost = r["cost"]
         details.append([r["name"], str(r["frames"]), number(r["frechet_floor"]), number(1000 * r["kid"]),
-                        f"{r['moving_tracks']:.0f} ({100 * r['moving_share']:.0f} %)",
+                        f"{r['moving_tracks']:.0f} ({100 * r['moving_share']:.0f} %)", str(r["still"]),
                         number(cost["train_seconds"], ".1f"), number(cost["sample_seconds"], ".2f"),
                         number(cost["memory"], ".0f"), number(cost["parameters"], ",.0f")])
     for c in results["comparisons"]:
@@ -1520,8 +1565,9 @@ def tables(results):
     return ((["variant", *(METRICS[m] for m in three), distance, "User Preference ↑",
               *(METRICS[m] for m in more), "n (clips)"], main),
             (["against full", *(METRICS[m] for m in shown), distance], differences),
-            (["variant", "frames", "Fréchet, real from real", "KID x 1000", "moving tracks", "training s",
-              "sampling s", "peak memory MiB", "embedding parameters"], details))
+            (["variant", "frames", "Fréchet, real from real", "KID x 1000", "moving tracks",
+              "samples without any", "training s", "sampling s", "training memory, MiB of GPU",
+              "embedding parameters"], details))
 
 
 def notes(results):
@@ -1542,6 +1588,10 @@ def notes(results):
         lines.append("Standard deviation of full: " + "; ".join(
             f"{METRICS[m][:-2]} {number(s['training'])} between training seeds, {number(s['sampling'])} "
             "between sampling seeds" for m, s in results["training_spread"].items()) + ".")
+    for r in results["rows"]:
+        if vote := r["preference"]:
+            lines.append(f"User Preference of {r['name']}: {vote['votes']} votes of {vote['people']} people; "
+                         f"chance {vote['chance']:.3f}.")
     if not any(r["preference"] for r in results["rows"]):
         lines.append("User Preference: no votes yet. Show people a reference and the results of one prompt "
                      "and seed, names hidden, order shuffled; ask which moves most like the reference and "
@@ -1635,8 +1685,9 @@ def moving_picture(frames, label):
     """A clip (F,h,w,3) uint8 as a film strip that the style sheet moves: all clips of the page keep step."""
     height, width = frames.shape[1:3]
     strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-    if width > 192:                                              # WebP pictures are at most 16383 pixels wide
-        strip = strip.resize((192 * len(frames), 192 * height // width), Image.Resampling.LANCZOS)
+    side = min(width, 192, 16383 // len(frames))                 # WebP pictures are at most 16383 pixels wide
+    if side < width:
+        strip = strip.resize((side * len(frames), side * height // width), Image.Resampling.LANCZOS)
     return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
             f'style="--frames: {len(frames)}; aspect-ratio: {width} / {height}; '
             f'background-image: url({data_uri(strip, "WEBP", quality=82)})"></div>'
@@ -1772,21 +1823,29 @@ def parse(argv=None):
                             metavar=None if "choices" in f.metadata else f.name.upper(),
                             help=about if default is None else f"{about} (default: {default})")
     settings = Settings(**vars(parser.parse_args(argv)))
-    for name, value in BUDGET.get(settings.model, BUDGET["other"]).items():
+    small = mini_mi.model_defaults(settings.model) is mini_mi.MODEL_DEFAULTS["tiny"]
+    for name, value in BUDGET["tiny" if small else "other"].items():
         if name != "fps" and getattr(settings, name) is None:
             setattr(settings, name, value)
+    if settings.dtype is None:
+        settings.dtype = "float32" if small or pick_device(settings.device).type == "cpu" else "float16"
     # One frame has no motion; everything else that is counted can be one.
     least = dict(clip_count=1, prompt_count=1, seed_count=1, steps=1, sample_steps=1, invert_steps=1,
                  frames=2, together=1, batch=1, sample_batch=1, grid=1)
     for name, low in least.items():
         if getattr(settings, name) < low:
             raise mini_mi.UserError(f"--{name.replace('_', '-')} must be at least {low}")
-    if not 0 <= settings.noise_prior <= 1 or not settings.lr > 0:
+    if not 0 <= settings.noise_prior <= 1 or not 0 < settings.lr < math.inf:
         raise mini_mi.UserError("--noise-prior must be within 0 and 1, and --lr above 0")
+    if not math.isfinite(settings.guidance):
+        raise mini_mi.UserError("--guidance must be a number")
+    if settings.dtype == "float16" and settings.together > 1:
+        raise mini_mi.UserError("in float16 clips that are trained together share one loss scale, and would "
+                                "depend on each other: add --together 1")
     if settings.quick:
-        small = dict(clip_count=3, prompt_count=1, seed_count=1)
-        small = {name: min(value, getattr(settings, name)) for name, value in small.items()}
-        settings = dataclasses.replace(settings, **small)
+        grid = dict(clip_count=3, prompt_count=1, seed_count=1)
+        grid = {name: min(value, getattr(settings, name)) for name, value in grid.items()}
+        settings = dataclasses.replace(settings, **grid)
     return settings
 
 
@@ -1797,22 +1856,34 @@ def run(settings):
     if ranks > 1:
         # Nothing is sent but the word that a rank is done, after hours perhaps.
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    lab = Lab(settings)
-    computed = 0
-    if not settings.report:
-        mine = share(units(settings, lab.cells), settings, ranks)[rank]
-        computed = run_units(lab, mine, rank == 0)
+    # Ranks that share a cache must not download into it at once: the first one goes ahead, then the first of
+    # every machine, then the rest.
+    turn = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for now in range(3):
+        if now == turn:
+            lab = Lab(settings)
+            if not settings.report:
+                lab.ready()
         if ranks > 1:
             torch.distributed.barrier()
+    computed = torch.tensor(0)
+    if not settings.report:
+        mine = share(units(settings, lab.cells), settings, ranks)[rank]
+        computed += run_units(lab, mine, rank == 0)
+        if ranks > 1:
+            torch.distributed.all_reduce(computed)                        # the sum; it waits for all, too
     if rank == 0:
         machine = (torch.cuda.get_device_name(lab.device) if lab.device.type == "cuda"
                    else f"{os.cpu_count()} CPU cores ({platform.machine()})")
-        write_report(lab, {
-            "command": " ".join(["python eval_mi.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-            "machine": machine, "ranks": ranks, "computed": computed,
-            "minutes": (time.perf_counter() - began) / 60,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__, "scipy": scipy.__version__}})
+        about = {"command": " ".join(["python eval_mi.py", *map(shlex.quote, sys.argv[1:])]),
+                 "date": time.strftime("%Y-%m-%d"), "machine": machine, "ranks": ranks,
+                 "computed": int(computed), "minutes": (time.perf_counter() - began) / 60,
+                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                              "numpy": np.__version__, "scipy": scipy.__version__}}
+        earlier = Path(settings.out) / "results.json"
+        if settings.report and earlier.exists():                 # rebuilt: the numbers are of that run still
+            about = mini_mi.read_json(earlier).get("run", about)
+        write_report(lab, about)
     if ranks > 1:
         torch.distributed.destroy_process_group()
 

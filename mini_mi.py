@@ -1,8 +1,8 @@
 """Motion Inversion in one file: learn the motion of one clip, then make other things move that way.
 
 Wang et al., *Motion Inversion for Video Customization* (arXiv 2403.20193), reimplemented to be read. A frozen
-text-to-video diffusion model denoises a reference clip; two small sets of embeddings inside its temporal
-attention are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to
+text-to-video diffusion model denoises a reference clip; two sets of embeddings inside its temporal attention
+are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to
 the same model with another prompt, they make new content move like the reference.
 
     python mini_mi.py                            the whole job on the embedded model, a minute or two on a CPU
@@ -14,8 +14,9 @@ section), UNet, diffusion, training, sampling; then the plumbing: files, hub, vi
 Attribute names are the keys of published checkpoints. Networks, tokenizer, scheduler
 and method are held against the published implementations in tests/.
 
-Axis letters:  B batch   F frames   C channels   H W latent grid   h w pixels   L text tokens   D text width
-               M clips whose motion is learned together   N any batch axis
+Axis letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
+               h w pixels   L text tokens   D text width   E width of the embedded diffusion step
+               M clips whose motion is learned together   P positions: 1 or H*W   N any batch axis
                t is the diffusion step, never a frame
 """
 
@@ -352,8 +353,8 @@ class Upsample2D(nn.Module):
 def linear(x, weight, bias=None):
     """x (..., C), weight (C_out, C) -> x W^T + bias, (..., C_out): F.linear.
 
-    On the CPU wide layers are computed as a 1x1 convolution. The sums are the same; torch's convolution
-    library can be twice as fast there as its matrix library, which is slow on processors of another maker.
+    On the CPU wide layers are computed as a 1x1 convolution: the same sums, and torch's library for
+    convolutions can be twice as fast as its library for matrices, which is slow on CPUs of another maker.
     """
     if x.device.type != "cpu" or max(weight.shape) < 256:
         return F.linear(x, weight, bias)
@@ -646,18 +647,20 @@ class TemporalConvLayer(nn.Module):
 #   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
 #
 #   A temporal attention layer sees features h of shape (B*H*W, F, C): one sequence of F frames per position.
-#   The motion of one clip is learned as two small tensors per layer, added to the inputs of that layer and to
+#   The motion of one clip is learned as two tensors per layer, added to the inputs of that layer and to
 #   nothing else:
 #
 #       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
 #
 #   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It has no spatial axes, so it cannot hold
 #                          a shape.
-#   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion.
+#   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion. For
+#                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
+#                          could hold the clip's looks, too.
 #
-#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, below). At
-#   inference MV is debiased: what does not change from frame to frame is appearance and not motion; all
-#   frames but the first keep only the change (Eq. 5: `debias`).
+#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, below). That is
+#   why MV is debiased at inference: what does not change from frame to frame is appearance and not motion;
+#   all frames but the first keep only the change (Eq. 5: `debias`).
 #
 # ============================================================================================================
 
@@ -738,9 +741,9 @@ class MotionEmbeddings(nn.Module):
                         debias=debias, debias_in_training=debias_in_training)
         for name, channels, level in motion_sites(unet_config, levels):
             # Every downsampling is a convolution of stride 2 and padding 1, which rounds odd sizes up.
-            h, w = -(-height // 2 ** level), -(-width // 2 ** level)
-            self.grids[name] = (h, w)
-            positions = {1: 1, 2: h * w}
+            rows, columns = -(-height // 2 ** level), -(-width // 2 ** level)
+            self.grids[name] = (rows, columns)
+            positions = {1: 1, 2: rows * columns}
             if use_mqk:
                 self._add(f"{name}.pos_embed", torch.zeros(clips, positions[mqk_dims], frames, channels))
             for attention in ("attn1", "attn2") if use_mv else ():
@@ -751,10 +754,10 @@ class MotionEmbeddings(nn.Module):
         self.frames, self.clips = frames, clips
         for name in self.SETTINGS:
             setattr(self, name, settings[name])
-        self.grids = {}              # block -> (h, w) that its MV was trained on; empty: the file did not say
-        self.blocks = {}           # block -> its parameters by short name: "pos_embed", "attn1.vSpatial", ...
+        self.grids = {}              # block -> (H, W) that its MV was trained on; empty: the file did not say
+        self.blocks = {}             # block -> what it has: "pos_embed", "attn1.vSpatial", "attn2.vSpatial"
         self.fixed_slots = False       # True: a file of the authors, whose 32 slots are cut, not interpolated
-        self.source = {}            # of which clip: {"video": path, "prompt": what it shows}, as far as known
+        self.source = {}            # of which clip, if known: {"video": path, "prompt": what it shows, ...}
 
     def _add(self, key, value):
         """Registers `value` (M, P, F, C) as parameter `key`, building the modules that the dots ask for."""
@@ -766,7 +769,7 @@ class MotionEmbeddings(nn.Module):
                 module.add_module(part, nn.Module())
             module = module._modules[part]
         module.register_parameter(leaf, nn.Parameter(value if self.clips > 1 else value.squeeze(0)))
-        self.blocks.setdefault(block, {})[short] = (module, leaf)
+        self.blocks.setdefault(block, []).append(short)
 
     def at(self, block, attention, frames, grid, dtype=torch.float32):
         """m_qk and m_v for one attention, each (M, 1 or H*W, F, C), or None where the part is absent or off.
@@ -783,8 +786,7 @@ class MotionEmbeddings(nn.Module):
     def _get(self, block, short, frames, grid):
         if short not in self.blocks[block]:
             return None
-        module, leaf = self.blocks[block][short]
-        m = getattr(module, leaf)
+        m = self.get_parameter(f"{block}.{short}")
         m = m if m.dim() == 4 else m[None]                                               # (M, P, slots, C)
         if self.fixed_slots and frames <= m.shape[2]:
             m = m[:, :, :frames]
@@ -806,8 +808,7 @@ class MotionEmbeddings(nn.Module):
     def check_fits(self, widths):
         """UserError if these embeddings belong to another UNet; widths: dict, temporal block -> its C."""
         for name, parts in self.blocks.items():
-            module, leaf = next(iter(parts.values()))
-            have = getattr(module, leaf).shape[-1]
+            have = self.get_parameter(f"{name}.{parts[0]}").shape[-1]
             if widths.get(name) != have:
                 raise UserError(
                     f"these motion embeddings do not fit the model: {name} has width {have} in the motion "
@@ -855,7 +856,7 @@ class MotionEmbeddings(nn.Module):
                 "mqk_dims": 1, "mv_dims": 2, "debias": "diff", "debias_in_training": False,
                 **{k: v for k, v in about.items() if k in cls.SETTINGS}})
             self.grids = {name: tuple(grid) for name, grid in about.get("grids", {}).items()}
-            self.fixed_slots, self.source = about.get("fixed_slots", True), about.get("source", {})
+            self.fixed_slots, self.source = about.get("fixed_slots", True), dict(about.get("source", {}))
         except (ValueError, TypeError, AttributeError) as e:
             raise UserError(f"{path}: its settings cannot be read ({e}); train the motion again") from None
         for key, value in tensors.items():
@@ -872,9 +873,10 @@ def motion_sites(unet_config, levels=None):
     if not levels or not set(levels) <= set(having):
         raise UserError(f"levels {levels} cannot all take embeddings: "
                         f"this model has attention at levels {having}")
-    down = [(f"down_blocks.{i}.temp_attentions.{j}.transformer_blocks.0", c.block_out_channels[i], i)
+    widths = [w // c.attention_head_dim * c.attention_head_dim for w in c.block_out_channels]    # whole heads
+    down = [(f"down_blocks.{i}.temp_attentions.{j}.transformer_blocks.0", widths[i], i)
             for i in sorted(levels) for j in range(c.layers_per_block)]
-    up = [(f"up_blocks.{last - i}.temp_attentions.{j}.transformer_blocks.0", c.block_out_channels[i], i)
+    up = [(f"up_blocks.{last - i}.temp_attentions.{j}.transformer_blocks.0", widths[i], i)
           for i in sorted(levels, reverse=True) for j in range(c.layers_per_block + 1)]
     return down + up
 
@@ -1185,7 +1187,7 @@ class Models:
 
 
 def rename_keys(tensors, text_encoder=False):
-    """The only two differences between files in circulation and the keys of this file."""
+    """The differences between files in circulation and the keys of this file."""
     renamed = {}
     for key, value in tensors.items():
         if key.endswith(".position_ids"):            # a constant 0, 1, 2, ... that old text encoders store
@@ -1312,7 +1314,7 @@ def predict(models, x, t, text, motion=None):
 def motion_loss(kind, prediction, target, anchors):
     """The loss of each sample, (B,), from prediction and target (B,C,F,H,W) and one anchor frame each (B,).
 
-    mse       || eps - eps_theta ||^2, averaged                                                        (Eq. 4)
+    mse       || eps - eps_theta ||^2, averaged; v for eps if the model predicts v, as data/tiny does  (Eq. 4)
     debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
               frame has in common with the anchor counts less (MotionDirector, arXiv 2310.08465, without its
               LoRA terms)
@@ -1330,16 +1332,16 @@ def motion_loss(kind, prediction, target, anchors):
     raise UserError(f"loss = {kind!r} is not known; it takes mse or debiased")
 
 
-def train_motion(models, latents, text, *, steps=200, lr=0.02, batch=1, seed=0, loss="mse", state=None,
+def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, loss="mse", state=None,
                  state_every=25, snapshots=(), on_snapshot=None, checkpointing=False, progress=True,
                  **settings):
     """Learns the motion of M clips: latents (M,C,F,H,W), text (M,L,D) -> MotionEmbeddings, in eval mode.
 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
-    AdamW, constant learning rate. Every step sees each clip at `batch` noise levels. The loss is the mean per
-    clip, summed over clips, and every clip draws from a generator of its own: together equals alone. The
-    result has `losses` (steps, M).
+    AdamW, constant learning rate; the defaults are the paper's, MODEL_DEFAULTS has those of data/tiny. Every
+    step sees each clip at `batch` noise levels. The loss is the mean per clip, summed over clips, and every
+    clip draws from a generator of its own: together equals alone. The result has `losses` (steps, M).
 
     state        file that keeps the training every `state_every` steps; an interrupted call goes on from it
     snapshots    steps after which on_snapshot(step, motion) is called, motion in eval mode
@@ -1359,6 +1361,9 @@ def train_motion(models, latents, text, *, steps=200, lr=0.02, batch=1, seed=0, 
     losses = []
     if state and Path(state).exists():
         losses = _load_state(state, motion, optimizer, scaler, generators)
+        past = [s for s in snapshots if s <= len(losses)]
+        if past:
+            print(f"the training goes on from step {len(losses)}: no snapshot is made of {past}")
         if len(losses) > steps:
             raise UserError(f"an earlier training got {len(losses)} steps far, more than the {steps} asked "
                             f"for: ask for as many, or delete {state} to start over")
@@ -1430,7 +1435,7 @@ def _load_state(path, motion, optimizer, scaler, generators):
 
 @torch.no_grad()
 def ddim_invert(models, latents, text, steps=50, progress=True):
-    """The noise (B,C,F,H,W) from which deterministic sampling (nearly) gives `latents` back: DDIM backwards.
+    """The noise (B,C,F,H,W) from which as many sampling steps nearly give `latents` back: DDIM backwards.
 
     From the lowest timestep up, eps is taken from x of the level below; text is (B,L,D), usually of the empty
     prompt.
@@ -1447,8 +1452,8 @@ def ddim_invert(models, latents, text, steps=50, progress=True):
 def blend_noise(inverted, fresh, prior):
     """Start noise: sqrt(prior) * inverted reference + sqrt(1 - prior) * fresh noise; the authors take 0.5.
 
-    The weights keep the variance at 1. The inverted part brings the rough layout of the reference's motion
-    along, which is why eval_mi.py always compares with this noise and no embeddings.
+    The weights keep the variance at 1 if both have it. The inverted part brings the rough layout of the
+    reference's motion along, which is why eval_mi.py always compares with this noise and no embeddings.
     """
     return math.sqrt(prior) * inverted + math.sqrt(1 - prior) * fresh
 
@@ -1468,6 +1473,8 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(out, t, x, steps)
+    if not x.isfinite().all():
+        raise UserError("sampling gave values that are not finite: use --dtype float32 or bfloat16")
     return x
 
 
@@ -1487,8 +1494,9 @@ def atomic_write(path):
     UserError: the place cannot be written.
     """
     path = Path(path)
-    # The suffix stays last: PIL and ffmpeg choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # The suffix stays last: PIL and ffmpeg choose the format by it. Machines that share a folder can have
+    # processes of one number.
+    temporary = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # an unwritable folder shows here, before any work is done
@@ -1679,7 +1687,7 @@ def _download(url, target, token):
         if answer.status in (401, 403):
             raise UserError(f"{url} was refused ({answer.status}): no such repository, or a gated one: "
                             "accept its terms on its page and set HF_TOKEN")
-        if part and (answer.status == 416 or sha256 not in part.name):
+        if part and (answer.status == 416 or not sha256 or sha256 not in part.name):
             part.unlink()  # the part is no beginning of this file: start again
             raise ConnectionError("the file on the hub has changed")
         if answer.status not in (200, 206):
@@ -1700,6 +1708,9 @@ def _download(url, target, token):
                 bar.update(len(block))
     if part.stat().st_size < size:
         raise ConnectionError(f"the connection ended at byte {part.stat().st_size} of {size}")
+    if size and part.stat().st_size > size:
+        part.unlink()
+        raise ConnectionError(f"more than the announced {size} bytes arrived")
     digest = hashlib.sha256()
     with open(part, "rb") as file:
         while block := file.read(1 << 20):
@@ -2144,13 +2155,24 @@ def parse(argv=None):
         parser.add_argument(flag, dest=f.name, help=about, **shape)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
-    if config.motion and "debias" not in given:
-        config.debias = None  # as the motion file says
+    if config.motion:  # what is not given is as it was in training; that the file is there `run` will see
+        trained = MotionEmbeddings.load(config.motion).source if Path(config.motion).exists() else {}
+        for name, kind in dict(model=str, frames=int, size=str, stride=int).items():
+            if name not in given and isinstance(trained.get(name), kind):
+                setattr(config, name, trained[name])
+        if "debias" not in given:
+            config.debias = None  # `run` takes it from the file
     for name, value in model_defaults(config.model).items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     check(config, set(given))
     return config
+
+
+# Options that say how the embeddings are trained: they mean nothing for embeddings that come from a file.
+TRAINING = {"steps", "lr", "batch", "loss", "snapshots", "checkpointing", "levels", "mqk_dims", "mv_dims",
+            "debias_in_training"}
+INVERT_STEPS = 50                 # of the DDIM inversion, whatever --sample-steps is: the authors'
 
 
 def check(config, given):
@@ -2162,9 +2184,7 @@ def check(config, given):
 
     refuse(not (config.use_mqk or config.use_mv),
            "--no-mqk and --no-mv together leave nothing to train; drop one")
-    training = {"steps", "lr", "batch", "loss", "snapshots", "checkpointing", "levels", "mqk_dims", "mv_dims",
-                "debias_in_training"}
-    clash = sorted(given & training) if config.motion else []
+    clash = sorted(given & TRAINING) if config.motion else []
     refuse(clash, f"--motion reuses what was trained, so --{', --'.join(c.replace('_', '-') for c in clash)} "
                   "can have no effect; leave one of the two out")
     refuse("mqk_dims" in given and not config.use_mqk, "--no-mqk leaves nothing for --mqk-dims; drop one")
@@ -2190,6 +2210,8 @@ def check(config, given):
     refuse(config.seed >= 2 ** 62, f"--seed {config.seed}: it must be below 2 ** 62")
     refuse(config.device.startswith("cuda") and not torch.cuda.is_available(),
            "--device cuda: no CUDA device is found here; use --device cpu")
+    refuse(config.device.startswith("cuda:") and int(config.device[5:]) >= torch.cuda.device_count(),
+           f"--device {config.device}: there are only {torch.cuda.device_count()}, counted from 0")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.dtype == "auto":
@@ -2202,7 +2224,13 @@ def choose_clip(config):
     if config.motion and not config.video:           # a motion file remembers the clip that it was trained on
         recorded = MotionEmbeddings.load(config.motion).source
         config.video = recorded.get("video")
-        config.source_prompt = config.source_prompt or recorded.get("prompt")
+        if config.source_prompt is None:
+            config.source_prompt = recorded.get("prompt")
+        if config.video and not Path(config.video).exists():
+            if config.noise_prior > 0:
+                raise UserError(f"{config.motion} was trained on {config.video}, which is not there "
+                                "any more: give --video, or --noise-prior 0")
+            config.video = None
     if not config.video and not config.motion:
         first = next(iter(read_json(HERE / "data" / "clips" / "clips.json")))
         config.video = str(HERE / "data" / "clips" / f"{first}.webp")
@@ -2212,7 +2240,8 @@ def choose_clip(config):
         if not isinstance(about, dict):
             raise UserError(f"{listing}: the entry of {Path(config.video).stem} must be an object with "
                             "caption and prompts")
-        config.source_prompt = config.source_prompt or about.get("caption")
+        if config.source_prompt is None:
+            config.source_prompt = about.get("caption")
         config.prompts = tuple(config.prompts) or tuple(about.get("prompts", ())[:2])
     if not config.prompts:
         raise UserError('nothing to generate: say what the new clip shows, --prompt "..."')
@@ -2256,7 +2285,7 @@ def latent_grid(config, vae_config):
 def learn(config, models, latents, out, settings):
     """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
     # The state's name holds what determines the steps that were made, so no run continues another one's. The
-    # number of steps is not in it: a longer run goes on from a shorter one.
+    # number of steps is not in it: an interrupted training can be continued to another end.
     text = encode_prompt(models, [config.source_prompt])
     digest = hashlib.sha256(repr([settings, config.lr, config.batch, config.loss, config.seed,
                                   config.dtype]).encode())
@@ -2265,7 +2294,8 @@ def learn(config, models, latents, out, settings):
     for part in (weights, text, latents):
         digest.update(part.float().cpu().numpy().tobytes())
     state = out / f"training-{digest.hexdigest()[:12]}.pt"
-    source = dict(video=config.video, prompt=config.source_prompt)
+    source = dict(video=os.path.abspath(config.video), prompt=config.source_prompt, model=config.model,
+                  frames=config.frames, size=config.size, stride=config.stride)
 
     def keep(step, motion):
         """A snapshot, as a motion file of its own."""
@@ -2326,8 +2356,8 @@ def run(config):
         seconds[name] = round(time.perf_counter() - clock, 2)
         clock = time.perf_counter()
 
-    # Everything random comes from the seed alone, so a later run with --motion repeats these frames exactly.
-    # Training draws from `seed` itself; the two streams here have seeds of their own.
+    # Everything random comes from the seed alone, so a later run with --motion and the same settings repeats
+    # these frames exactly. Training draws from `seed` itself; the two streams here have seeds of their own.
     def generator(stream):
         """Random numbers for one purpose."""
         return torch.Generator().manual_seed(config.seed + stream)
@@ -2356,33 +2386,39 @@ def run(config):
     shape = (1, models.unet.conv_in.in_channels, config.frames, *grid)
     noise = torch.randn(shape, generator=generator(stream=2_000_000)).to(models.device)
     if config.noise_prior > 0:
-        inverted = ddim_invert(models, latents, encode_prompt(models, [""]))
+        inverted = ddim_invert(models, latents, encode_prompt(models, [""]), INVERT_STEPS)
         noise = blend_noise(inverted, noise, config.noise_prior)
         lap("invert")
-    # All prompts start from the same noise: what a prompt gives does not depend on the others.
-    noise = noise.expand(len(config.prompts), -1, -1, -1, -1)
-    text = encode_prompt(models, config.prompts)
-    negative = encode_prompt(models, [config.negative_prompt] * len(config.prompts))
+    negative = encode_prompt(models, [config.negative_prompt])
 
     def generate(embeddings):
-        """One clip per prompt, uint8; every call from the same noise."""
-        result = sample(models, noise, text, negative, config.sample_steps, config.guidance, embeddings)
-        return [to_uint8(video) for video in decode_video(models, result)]
+        """One clip per prompt, uint8. All start from the same noise; one after the other, to save memory."""
+        texts = [encode_prompt(models, [prompt]) for prompt in config.prompts]
+        results = [sample(models, noise, text, negative, config.sample_steps, config.guidance, embeddings)
+                   for text in texts]
+        return [to_uint8(decode_video(models, result)[0]) for result in results]
 
     with_motion, without = generate(motion), generate(None)
     lap("sample")
     write_results(config, out, reference, with_motion, without)
     lap("write")
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
+    used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
+    untrained = dict.fromkeys(TRAINING) if config.motion else {}
     with atomic_write(out / "run.json") as temporary:
         temporary.write_text(json.dumps(dict(
-            config=dataclasses.asdict(config), seconds=seconds, losses=losses, peak_cuda_bytes=peak,
+            config={**dataclasses.asdict(config), **untrained, **used}, invert_steps=INVERT_STEPS,
+            seconds=seconds, losses=losses, peak_cuda_bytes=peak,
             embedding_parameters=sum(p.numel() for p in motion.parameters()),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__)), indent=1))
     if state:
         state.unlink(missing_ok=True)                        # only now: an interrupted sampling needs it, too
     print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.gif and {out}/sheet.png")
+
+
+OUT_OF_MEMORY = ("out of memory: take fewer --frames or a smaller --size, "
+                 "and if it was in training, --checkpointing")
 
 
 def guarded(job):
@@ -2393,14 +2429,14 @@ def guarded(job):
     except UserError as error:
         message = one_line(error)
     except KeyboardInterrupt:
-        message = ("interrupted; what was finished is kept: "
+        message = ("interrupted; a training is kept, but for its last few steps: "
                    "run the same command again and it goes on from there")
     except (MemoryError, torch.OutOfMemoryError):
-        message = "out of memory: use --checkpointing, fewer --frames or a smaller --size"
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):              # the CPU allocator's way of saying out of memory
+        message = OUT_OF_MEMORY
+    except RuntimeError as error:           # what the CPU's allocator and CUDA's libraries say out of memory
+        if "allocate memory" not in str(error) and "ALLOC_FAILED" not in str(error):
             raise
-        message = "out of memory: use --checkpointing, fewer --frames or a smaller --size"
+        message = OUT_OF_MEMORY
     print(f"\nerror: {message}", file=sys.stderr)
     return 2
 

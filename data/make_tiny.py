@@ -101,7 +101,7 @@ def train(stage, model, loss_of, args, watch=None):
     samples now and then.
     """
     steps, _, peak = STAGES[stage]
-    steps = max(1, int(steps * args.scale))
+    steps, peak = max(1, int(steps * args.scale)), args.lr or peak
     state_file, log_file = args.work / f"{stage}.pt", args.work / f"{stage}.jsonl"
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
@@ -352,9 +352,12 @@ def train_unet(stage, args):
         x0 = torch.where(torch.rand(batch, 1, 1, 1, 1, generator=generator) < 0.5, x0, x0.flip(2)).to(device)
         label = torch.where(torch.rand(batch, generator=generator) < EMPTY, len(every), labels[pick])
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        # One noise level from each of `batch` equal parts of the schedule: steadier gradients.
-        t = (torch.arange(batch) + torch.rand(batch, generator=generator)) * scheduler.T / batch
-        t = t.long().clamp(max=scheduler.T - 1)
+        # One noise level from each of `batch` parts of the schedule: steadier gradients. In clips the parts
+        # where noise is strong are narrower (shift 3 of arXiv 2403.03206): there it is decided what goes
+        # where, and frames that disagree about it make a sprite jump.
+        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        u = u if frames == 1 else 3 * u / (1 + 2 * u)
+        t = (u * scheduler.T).long().clamp(max=scheduler.T - 1)
         weight = (5 * (1 - scheduler.abar(t, x0))).clamp(max=1)          # min(snr + 1, 5) / (snr + 1)
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(backends):
             out = unet(scheduler.add_noise(x0, noise, t), t.to(device), texts[label].to(device))
@@ -454,6 +457,7 @@ def main(argv=None):
     p.add_argument("--to", type=Path, default=TINY, help="the model folder; curves.png is drawn beside it")
     p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
+    p.add_argument("--lr", type=float, help="peak learning rate, in place of the stage's own")
     p.add_argument("--pool", type=int, default=5000, help="clips rendered to draw from")
     p.add_argument("--fresh", action="store_true", help="begin from random weights")
     p.add_argument("--check", action="store_true", help="train nothing: measure the model folder")

@@ -25,7 +25,7 @@ TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_atte
 CELLS = 8 * 6 + 6 + 3 + 4
 SMALL = ["--clip-count", "3", "--prompt-count", "1", "--seed-count", "2", "--steps", "2", "--sample-steps", "2",
          "--invert-steps", "2", "--together", "2", "--frames", "4", "--size", "64x64", "--guidance", "2",
-         "--grid", "8", "--device", "cpu", "--lr", "0.5"]
+         "--grid", "8", "--device", "cpu", "--lr", "0.5", "--batch", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -128,11 +128,62 @@ def test_a_variant_equals_mini_mi_by_hand(finished, model):
     assert np.abs(again.astype(int) - frames).max() <= 1
 
 
-def test_the_report_is_rebuilt_from_cells_alone(copy, model, monkeypatch, capsys):
+def test_the_report_is_rebuilt_from_cells_alone(copy, finished, model, monkeypatch, capsys):
     before, files = table(copy), cells(copy)
     monkeypatch.setattr(mini_mi, "load_models", None)            # no UNet is needed
     assert eval_mi.main(arguments(model, copy, "--report")) == 0
     assert table(copy) == before and cells(copy) == files
+    run = [json.loads((folder / "results.json").read_text())["run"] for folder in (copy, finished)]
+    assert run[0] == run[1]                                      # still the numbers of the run that made them
+
+
+def test_a_report_while_variants_have_no_sample_in_common(copy, model):
+    """As after a killed run on several ranks: `full` has one clip, `no-mqk` the others."""
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))
+    first = lab.clips[0].name
+    for cell in lab.cells:
+        if cell.variant.name == "full" and cell.clip.name != first or (
+                cell.variant.name == "no-mqk" and cell.clip.name == first):
+            lab.store.path("score", lab.score_key(cell)).unlink()
+    assert eval_mi.main(arguments(model, copy, "--report")) == 0
+    names = [c["name"] for c in json.loads((copy / "results.json").read_text())["comparisons"]]
+    assert "no-mqk" not in names and "no-mv" in names
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--sample-steps", "1000"], "sampling steps"), (["--votes", "nowhere"], "nowhere")])
+def test_what_cannot_work_shows_before_the_first_training(model, tmp_path, capsys, monkeypatch, more, said):
+    monkeypatch.setattr(mini_mi, "train_motion", None)
+    assert eval_mi.main(arguments(model, tmp_path / "out", *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_cotracker_is_fetched_once_and_asked_clip_by_clip(monkeypatch):
+    """The network's call is (1,F,3,h,w) in 0..255 with grid_size -> (1,F,n,2), (1,F,n)."""
+    calls, fetched = [], []
+
+    class Network(torch.nn.Module):
+        def forward(self, video, grid_size):
+            calls.append((tuple(video.shape), float(video.max())))
+            points = torch.arange(grid_size ** 2 * 2.0).view(1, 1, -1, 2) + torch.arange(5.0).view(1, 5, 1, 1)
+            return points, points[..., 0] > 0
+
+    monkeypatch.setattr(torch.hub, "load", lambda *args, **options: fetched.append(args) or Network())
+    eval_mi.cotracker_model.cache_clear()
+    video = torch.full((2, 5, 16, 24, 3), 255, dtype=torch.uint8)
+    for _ in range(2):
+        tracks, visible = eval_mi.cotracker(video, 3)
+    assert calls == [((1, 5, 3, 16, 24), 255.0)] * 4 and len(fetched) == 1
+    assert tracks.shape == (2, 9, 5, 2) and visible.shape == (2, 9, 5)
+    assert (tracks[:, :, 1:] - tracks[:, :, :-1] == 1).all() and visible[:, 0, 0].logical_not().all()
+
+    def offline(*args, **options):
+        raise RuntimeError("It looks like there is no internet connection")
+
+    monkeypatch.setattr(torch.hub, "load", offline)
+    eval_mi.cotracker_model.cache_clear()
+    with pytest.raises(mini_mi.UserError, match="CoTracker .*lk"):
+        eval_mi.cotracker(video, 3)
     assert "full" in capsys.readouterr().out
 
 
@@ -258,13 +309,19 @@ def test_votes_round_trip(tmp_path, copy, model):
     assert eval_mi.read_votes(path) == votes + careless
     found = eval_mi.preference(votes + careless, ["full", "base", "no-mqk", "no-mv"])
     assert (found["full"]["share"], found["full"]["votes"], found["full"]["people"]) == (pytest.approx(2 / 3), 9, 9)
-    assert found["full"]["wilson"] == eval_mi.wilson_interval(6, 9)
+    assert (found["full"]["low"], found["full"]["chance"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    # All agree: the bootstrap has no width, Wilson's interval has.
+    alike = eval_mi.preference(votes[:6], ["full", "base"])
+    assert (alike["full"]["low"], alike["full"]["high"]) == eval_mi.wilson_interval(6, 6) != (1, 1)
     assert found["base"]["share"] == 0 and "no-mv" not in found
     assert eval_mi.main(arguments(model, copy, "--report", "--votes", str(path))) == 0
     rows = {r["name"]: r["preference"] for r in json.loads((copy / "results.json").read_text())["rows"]}
     assert rows["full"]["share"] == pytest.approx(2 / 3) and rows["no-mv"] is None
     line = next(x for x in (copy / "results.md").read_text().splitlines() if x.startswith("| full |"))
     assert "0.667 (0.333 to 1.000)" in line
+    assert "User Preference of full: 9 votes of 9 people; chance 0.333." in (copy / "results.md").read_text()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())           # as spreadsheets save it
+    assert eval_mi.read_votes(path) == votes + careless
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -276,7 +333,9 @@ def test_votes_round_trip(tmp_path, copy, model):
     (["--frames", "40"], "has 16 frames"), (["--dtype", "int8"], "--dtype"), (["--clips", "nowhere"], "nowhere"),
     (["--model", "nowhere"], "nowhere"), (["--clip", "nowhere"], "nowhere"), (["--votes", "nowhere"], "nowhere"),
     (["--noise-prior", "2"], "--noise-prior"), (["--no-such-option"], "--no-such-option"),
-    (["--tracker", "magic"], "--tracker"), (["--device", "cuda:77"], "cuda")])
+    (["--tracker", "magic"], "--tracker"), (["--device", "cuda:77"], "cuda"), (["--device", "gpu"], "--device"),
+    (["--guidance", "nan"], "--guidance"), (["--dtype", "float16"], "--together 1"),
+    (["--out", str(ROOT / "README.md")], "--out")])
 def test_bad_input_is_one_line_and_status_2(finished, model, capsys, more, said):
     assert eval_mi.main(arguments(model, finished, "--report", *more)) == 2
     error = capsys.readouterr().err.strip()
@@ -286,7 +345,9 @@ def test_bad_input_is_one_line_and_status_2(finished, model, capsys, more, said)
 @pytest.mark.parametrize("content, said", [
     (b"participant,choice\np,full\n", "columns"), (b"\xff\xfe\x00", "cannot be read"),
     (b"participant,scene,options,choice,check\np,s,full|base,vae,\n", "line 2: 'vae'"),
-    (b"participant,scene,options,choice,check\np,s,full|base\n", "columns")])
+    (b"participant,scene,options,choice,check\np,s,full|base\n", "columns"),
+    (b"participant,scene,options,choice,check\np,s,full|base,full,vae\n", "line 2: check 'vae'"),
+    (b"participant,scene,options,choice,check\n", "no vote")])
 def test_bad_votes(tmp_path, content, said):
     (tmp_path / "votes.csv").write_bytes(content)
     with pytest.raises(mini_mi.UserError, match=said):
@@ -295,7 +356,7 @@ def test_bad_votes(tmp_path, content, said):
 
 @pytest.mark.parametrize("index, said", [
     ({"a": {"caption": "a red star", "prompts": []}}, "prompts"), ({"a": {"prompts": ["x"]}}, "caption"),
-    ({"a": {"caption": "x", "prompts": ["y"]}}, "no such clip"), ({"a": 3}, "caption")])
+    ({"a": {"caption": "x", "prompts": "y"}}, "prompts"), ({"a": {"caption": "x", "prompts": ["y"]}}, "no such clip"), ({"a": 3}, "caption")])
 def test_bad_clips_json(model, tmp_path, capsys, index, said):
     (tmp_path / "clips.json").write_text(json.dumps(index))
     more = ("--clips", str(tmp_path), "--clip-count", "1")
@@ -327,5 +388,9 @@ def test_sentences_say_what_the_numbers_say():
     text = said(test(-0.2, 0.1, 0.004, p_holm=0.016), test(0.01, 0.02, 0.4, p_holm=0.8))
     assert "Motion Fidelity fell by 0.200 (95 % interval -0.300 to -0.100; p = 0.016, after Holm)" in text
     assert "No change of Text Similarity was detected" in text and "0.050 would have shown" in text
+    # The test decides and not the interval: eleven clips a little up and one far up.
+    assert "fell by 0.200" in said(test(-0.2, 0.3, 0.001, p_holm=0.002), test(0, 0.1, 1))
+    assert "so few clips" in eval_mi.sentence({"name": "no-mv", "clips": 6, "metrics": dict.fromkeys(
+        eval_mi.PRIMARY, test(0.1, 0.2, 0.03, p_holm=0.12))})
     assert "hint" in said(test(-0.2, 0.19, 0.03, p_holm=0.12), test(0, 0.1, 1))
     assert "nothing about chance" in said(test(0.1, math.inf, 1), test(0.1, math.inf, 1))

@@ -153,6 +153,15 @@ def test_part_of_another_version_is_not_continued(hub, tmp_path):
     assert leftovers(tmp_path) == ["model.bin"]
 
 
+def test_part_is_not_continued_where_the_hub_names_no_hash(hub, tmp_path):
+    """It might be of another version; a mirror that sends no hash begins again."""
+    hub.drops = [300_000] + [0] * 4
+    refused("cannot fetch")
+    hub.sha256, hub.large["model.bin"] = "", WEIGHTS[::-1]
+    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS[::-1]
+    assert leftovers(tmp_path) == ["model.bin"]
+
+
 def test_wrong_hash_is_refused_and_nothing_is_kept(hub, tmp_path):
     hub.sha256 = "0" * 64
     refused("model.bin arrived damaged .*000000000000")

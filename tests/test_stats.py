@@ -99,6 +99,11 @@ def test_detectable_difference_is_found_with_the_power_it_promises():
         hits += low > 0
     assert 0.76 < hits / 2000 < 0.86
     assert eval_mi.detectable_difference(half, 1) == math.inf
+    # One of four tests: p below 0.05 / 4 is asked.
+    effect, hits = eval_mi.detectable_difference(half, n, alpha=0.05 / 4), 0
+    for _ in range(2000):
+        hits += eval_mi.student_interval(rng.normal(size=n) + effect, 1 - 0.05 / 4)[1] > 0
+    assert 0.76 < hits / 2000 < 0.86
 
 
 def test_holm_worked_example():
