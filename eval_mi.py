@@ -1193,7 +1193,7 @@ def share(work, settings, ranks):
 
 
 def run_units(lab, work, show):
-    """Computes what is missing in these units; every step leaves a file -> number of cells computed."""
+    """Computes what is missing in these units; every step leaves a file."""
     s, store = lab.settings, lab.store
     missing = [[c for c in unit.cells if store.read("score", lab.score_key(c)) is None] for unit in work]
     total = sum(unit.training_cost(s) * bool(cells) + sum(cell_cost(c, s) for c in cells)
@@ -1212,7 +1212,6 @@ def run_units(lab, work, show):
             bar.update(sum(cell_cost(c, s) for c in members) + (unit.training_cost(s) if n == 0 else 0))
             bar.set_postfix_str(f"cells {done}/{sum(map(len, missing))}")
     bar.close()
-    return done
 
 
 def run_cells(lab, unit, cells):
@@ -1862,22 +1861,22 @@ def run(settings):
     for now in range(3):
         if now == turn:
             lab = Lab(settings)
+            # The first rank counts before any other can begin.
+            missing = sum(lab.store.read("score", lab.score_key(c)) is None for c in lab.cells)
             if not settings.report:
                 lab.ready()
         if ranks > 1:
             torch.distributed.barrier()
-    computed = torch.tensor(0)
     if not settings.report:
-        mine = share(units(settings, lab.cells), settings, ranks)[rank]
-        computed += run_units(lab, mine, rank == 0)
+        run_units(lab, share(units(settings, lab.cells), settings, ranks)[rank], rank == 0)
         if ranks > 1:
-            torch.distributed.all_reduce(computed)                        # the sum; it waits for all, too
+            torch.distributed.barrier()
     if rank == 0:
         machine = (torch.cuda.get_device_name(lab.device) if lab.device.type == "cuda"
                    else f"{os.cpu_count()} CPU cores ({platform.machine()})")
         about = {"command": " ".join(["python eval_mi.py", *map(shlex.quote, sys.argv[1:])]),
                  "date": time.strftime("%Y-%m-%d"), "machine": machine, "ranks": ranks,
-                 "computed": int(computed), "minutes": (time.perf_counter() - began) / 60,
+                 "computed": 0 if settings.report else missing, "minutes": (time.perf_counter() - began) / 60,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "numpy": np.__version__, "scipy": scipy.__version__}}
         earlier = Path(settings.out) / "results.json"
