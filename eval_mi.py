@@ -7,7 +7,7 @@ without it (no-mqk, no-mv) and dropped after training (drop-mqk, drop-mv), and c
 on the same clips, prompts and start noise. Brackets say what the numbers can mean: no embeddings at all
 below, the reference through the autoencoder above.
 
-    python eval_mi.py                  the default grid on the embedded model, about 25 minutes on two cores
+    python eval_mi.py                  the default grid on the embedded model, about 16 minutes on two cores
     python eval_mi.py --quick          a small grid, 5 minutes
     python eval_mi.py --report         the report again, from the cells that are finished
     torchrun --nproc_per_node=8 eval_mi.py --model zeroscope --clips my_clips --frames 24 --size 576x320

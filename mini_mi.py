@@ -5,7 +5,7 @@ text-to-video diffusion model denoises a reference clip; two sets of embeddings 
 are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to
 the same model with another prompt, they make new content move like the reference.
 
-    python mini_mi.py                            the whole job on the embedded model, a minute or two on a CPU
+    python mini_mi.py                            the whole job on the embedded model, half a minute on a CPU
     python mini_mi.py --no-mqk                   an ablation: the same without MQK (or --no-mv)
     python mini_mi.py --model zeroscope --video dog.mp4 --source-prompt "a dog runs" --prompt "a robot runs"
 
