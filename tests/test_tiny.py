@@ -219,7 +219,8 @@ def test_check_runs_from_end_to_end(monkeypatch, capsys):
     for name in ("steps", "sample_steps"):
         monkeypatch.setitem(check_tiny.SETTINGS, name, 1)
     invert = mini_mi.ddim_invert
-    monkeypatch.setattr(mini_mi, "ddim_invert", lambda *args: invert(*args, steps=1))
+    monkeypatch.setattr(mini_mi, "ddim_invert",
+                        lambda models, latents, text, *_: invert(models, latents, text, steps=1))
     monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--check", "--device", "cpu"])
     make_tiny.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
