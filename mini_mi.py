@@ -353,8 +353,8 @@ class Upsample2D(nn.Module):
 def linear(x, weight, bias=None):
     """x (..., C), weight (C_out, C) -> x W^T + bias, (..., C_out): F.linear.
 
-    On the CPU wide layers are computed as a 1x1 convolution: the same sums, and torch's library for
-    convolutions can be twice as fast as its library for matrices, which is slow on CPUs of another maker.
+    On the CPU wide layers are computed as a 1x1 convolution: the same sums by oneDNN, which on AMD's CPUs is
+    faster than MKL, the library that torch multiplies matrices with (tests/bench.py).
     """
     if x.device.type != "cpu" or max(weight.shape) < 256:
         return F.linear(x, weight, bias)

@@ -318,7 +318,7 @@ def latent_pool(args, seed):
         clips, captions = pool(args.pool, seed)
         latents = [mini_mi.encode_video(models, mini_mi.to_model_range(clip.numpy())).half().cpu()
                    for clip in tqdm(clips, desc="encoding", unit="clip", leave=False)]
-        torch.save((torch.cat(latents).contiguous(), captions), path)
+        torch.save((torch.cat(latents), captions), path)
     latents, captions = torch.load(path, weights_only=True)
     return models, latents, captions
 
