@@ -9,15 +9,19 @@ the same model with another prompt, they make new content move like the referenc
     python mini_mi.py --no-mqk                   an ablation: the same without MQK (or --no-mv)
     python mini_mi.py --model zeroscope --video dog.mp4 --source-prompt "a dog runs" --prompt "a robot runs"
 
-Read it from top to bottom: tokenizer, text encoder, autoencoder, UNet parts, THE PAPER (in a double-ruled
-section), UNet, diffusion, training, sampling; then the plumbing: files, hub, video, pictures, command line.
-Attribute names are the keys of published checkpoints. Networks, tokenizer, scheduler
-and method are held against the published implementations in tests/.
+Map. Names are looked up when a function runs, so what the method uses may stand below it:
 
-Axis letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
-               h w pixels   L text tokens   D text width   E width of the embedded diffusion step
-               M clips whose motion is learned together   P positions: 1 or H*W   N any batch axis
-               t is the diffusion step, never a frame
+    THE PAPER         debias, the temporal attention of Eq. 3, the embeddings that it adds
+    LEARN IT          the loss and the training loop, Eq. 4
+    USE IT            DDIM, inversion of the reference, start noise, guided sampling, in and out of the latents
+    THE FROZEN MODEL  UNet, autoencoder, text encoder, tokenizer, held against the published ones in tests/
+    PLUMBING          configs, files, checkpoints, hub, video, pictures
+    COMMAND LINE      the settings, and `run`: load, encode, train, invert, sample, write
+
+Letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
+          h w pixels   L text tokens   D text width   E width of the embedded diffusion step
+          t diffusion step, never a frame   T number of them   N any batch axis, such as B*F
+          In Eq. 3 and its block alone, h is the paper's temporal feature (B, H*W, F, C).
 """
 
 import argparse
@@ -55,12 +59,11 @@ import ftfy
 import numpy as np
 import regex
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 import torch.utils.checkpoint
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
-
 
 HERE = Path(__file__).resolve().parent
 
@@ -69,241 +72,627 @@ class UserError(ValueError):
     """What the user can put right. The command line prints it as one line, `error: ...`, and exits with 2."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Configuration files of published checkpoints
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+#   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
+#
+#   Temporal attention sees features h of shape (B, H*W, F, C): a sequence of F frames for every position. The
+#   motion of one clip is learned as two tensors per attention, added to what that attention reads:
+#
+#       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
+#
+#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. Without spatial axes it cannot hold a shape.
+#   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion. For
+#                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
+#                          could hold the clip's looks, too.
+#
+#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, in LEARN IT).
+#   That is why MV is debiased at inference: what does not change from frame to frame is appearance and not
+#   motion; all frames but the first keep only the change (Eq. 5: `debias`).
+# ============================================================================================================
 
-# Fields that say nothing about the computation that we do: where a model came from, how it was initialised or
-# dropped out in its own training, what a text generator would need. A field that is neither here nor read by
-# the model is refused, so that no setting is ignored by accident.
-INERT_FIELDS = set("""
-    architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
-    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    force_upcast forced_bos_token_id forced_eos_token_id id2label initializer_factor initializer_range
-    is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_scores pad_token_id prefix problem_type projection_dim pruned_heads remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sample_max_value sample_size sep_token_id
-    skip_prk_steps suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache
-    clip_sample_range dynamic_thresholding_ratio
-""".split())
+def debias(m_v, mode):
+    """Removes static appearance from the Motion Value embedding, (..., F, C) -> (..., F, C).
 
-
-def read_config(kind, config, fields, implemented=None):
-    """The settings of one model as a namespace: the reference library's defaults, overridden by `config`.
-
-    kind         what the config describes, for messages
-    config       dict, as `json.load` gives it; `_*` and INERT_FIELDS are skipped
-    fields       dict, field -> default of diffusers or transformers
-    implemented  dict, field -> the values that this file implements; any other value is a UserError
+    diff   m_v[0], then m_v[j] - m_v[j-1] for j > 0: the first frame, then changes, as in optical flow (Eq. 5)
+    mean   m_v - mean over frames: the paper's alternative "normalize"
+    none   m_v as trained: the paper's "vanilla"
     """
-    unknown = [k for k in config if k not in fields and k not in INERT_FIELDS and not k.startswith("_")]
-    if unknown:
-        raise UserError(f"{kind} config has fields that are not known here: "
-                        f"{', '.join(sorted(unknown)[:5])}; this is another kind of model")
-    settings = {**fields, **{k: v for k, v in config.items() if k in fields}}
-    for field, allowed in (implemented or {}).items():
-        value = settings[field]
-        if any(v not in allowed for v in (value if isinstance(value, (list, tuple)) else [value])):
-            raise UserError(f"{kind} config: {field} = {value} is not implemented; it takes {allowed}")
-    return SimpleNamespace(**settings)
+    if mode == "diff":
+        return torch.cat([m_v[..., :1, :], m_v[..., 1:, :] - m_v[..., :-1, :]], dim=-2)
+    if mode == "mean":
+        return m_v - m_v.mean(dim=-2, keepdim=True)
+    if mode == "none":
+        return m_v
+    raise UserError(f"debias = {mode!r} is not known; it takes diff, mean or none")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizer: byte-pair encoding as in OpenAI's CLIP
-# ------------------------------------------------------------------------------------------------------------
+class TemporalTransformerBlock(nn.Module):
+    """Two self-attentions over time and a feed-forward, x (B, H*W, F, C) -> the same; grid = (H, W).
 
-def byte_alphabet():
-    """256 printable characters, one per byte: BPE merges are text, and a raw byte may not be printable."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    shifted = [b for b in range(256) if b not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(shifted)}}
-
-
-class CLIPTokenizer:
-    """Text -> token ids (B, L): <|startoftext|>, BPE tokens, <|endoftext|>, padding to L = model_max_length.
-
-    Source: OpenAI CLIP's simple_tokenizer (cleaning, word pattern, merges); the special tokens, and with them
-    the pad token, are those of special_tokens_map.json, as in transformers' CLIPTokenizer.
+    As in the authors' code each attention has an MV of its own, and one MQK serves both.
     """
 
-    WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.attn1, self.attn2 = (Attention(width, heads, head_dim) for _ in range(2))
+        self.ff = FeedForward(width)
+        self.name = None                     # its key in the UNet, by which `motion` knows it; set by the UNet
 
-    def __init__(self, vocab, merges, special=None, length=77):
-        self.vocab, self.length = vocab, length
-        self.rank = {pair: n for n, pair in enumerate(merges)}  # (left, right) -> priority, 0 is merged first
-        self.alphabet = byte_alphabet()
-        names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-                 "pad_token": "<|endoftext|>", **(special or {})}
-        # an entry is either the token itself or a dict that describes it
-        names = {k: v["content"] if isinstance(v, dict) else v
-                 for k, v in names.items() if isinstance(v, (str, dict))}
-        missing = sorted({t for t in names.values() if t not in vocab})
-        if missing:
-            raise UserError(f"tokenizer: special tokens {missing} are not in vocab.json")
-        self.bos, self.eos, self.unk, self.pad = (
-            vocab[names[f"{k}_token"]] for k in ("bos", "eos", "unk", "pad"))
-        # Special tokens are cut out of the text before BPE sees it. In SD 2 the pad token is "!", so "wow!!!"
-        # ends in three tokens "!" and not in the one BPE token "!!!".
-        self.special = {t: vocab[t] for t in sorted(set(names.values()), key=len, reverse=True)}
-        self.special_pattern = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
+    def forward(self, x, grid, motion=None):
+        for norm, attention, which in (self.norm1, self.attn1, "attn1"), (self.norm2, self.attn2, "attn2"):
+            h = h_qk = h_v = norm(x)
+            if motion is not None and self.name in motion.grids:
+                m_qk, m_v = motion.for_attention(self.name, which, h.shape[2], grid, h.dtype)
+                h_qk = h + m_qk                                                         # MQK           (Eq. 3)
+                h_v = h + m_v                                                           # MV            (Eq. 3)
+            x = x + attention(h_qk, h_qk, h_v)              # queries, keys and values are made of these three
+        return x + self.ff(self.norm3(x))
+
+
+class MotionEmbeddings(nn.Module):
+    """The motion of one clip: a mapping from the authors' keys to parameters. Passed to the UNet as `motion`.
+
+        BLOCK.pos_embed                             MQK of a temporal block, (1, F, C)
+        BLOCK.attn1.vSpatial, BLOCK.attn2.vSpatial  MV of its two attentions, (H*W, F, C)
+
+    unet_config      dict, the UNet's config.json
+    frames           F of the clip; None in a file of the authors: of its 32 slots the first F count
+    height, width    the latent grid of the clip (not pixels)
+    levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has
+                     attention, which for ZeroScope is the authors' choice (width 1280 on the way down and up)
+    use_mqk, use_mv  the ablations: False leaves the part out, here, or later at inference
+    mqk_dims         1: shape (1, F, C), the method;     2: (H*W, F, C)
+    mv_dims          2: shape (H*W, F, C), the method;   1: (1, F, C)
+    debias           diff | mean | none, see `debias`. `.eval()` adds debiased MV, `.train()` raw MV, unless
+                     debias_in_training
+    """
+
+    SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training")
+    PARTS = (".pos_embed", ".attn1.vSpatial", ".attn2.vSpatial")
+
+    def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True,
+                 mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False):
+        super().__init__()
+        self.frames, self.use_mqk, self.use_mv, self.mqk_dims, self.mv_dims = (
+            frames, use_mqk, use_mv, mqk_dims, mv_dims)
+        self.debias, self.debias_in_training = debias, debias_in_training
+        self.grids = {}                # temporal block -> (H, W) of its MV; None: the authors' file did not say
+        self.source = {}               # of which clip, if known: {"video": path, "prompt": what it shows, ...}
+        if unet_config is None:
+            return                                                                     # `load` fills it
+        if not (use_mqk or use_mv):
+            raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
+        with torch.device("meta"):                        # a UNet without memory for weights, asked for its blocks
+            sites = UNet3DConditionModel(unet_config).motion_sites
+        levels = [max(sites)] if levels is None else sorted(levels)
+        if not levels or not set(levels) <= set(sites):
+            raise UserError(f"levels {levels} cannot all take embeddings: "
+                            f"this model has attention at levels {sorted(sites)}")
+        for level, block, channels in ((i, *site) for i in levels for site in sites[i].items()):
+            # Every downsampling is a convolution of stride 2 and padding 1, which rounds odd sizes up.
+            rows, columns = self.grids[block] = (-(-height // 2 ** level), -(-width // 2 ** level))
+            positions = {1: 1, 2: rows * columns}
+            for part in self.PARTS:
+                used, dims = (use_mqk, mqk_dims) if part == ".pos_embed" else (use_mv, mv_dims)
+                if used:
+                    self[block + part] = torch.zeros(positions[dims], frames, channels)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Reads vocab.json, merges.txt, and if present tokenizer_config.json and special_tokens_map.json."""
-        folder = Path(folder)
-        vocab = read_json(folder / "vocab.json")
-        try:
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{folder / 'merges.txt'} cannot be read ({e}); "
-                            "get the tokenizer folder again") from None
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        optional = [read_json(folder / name) if (folder / name).is_file() else {}
-                    for name in ("tokenizer_config.json", "special_tokens_map.json")]
-        special = {k: v for source in optional for k, v in source.items()
-                   if k in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        length = optional[0].get("model_max_length", 77)
-        return cls(vocab, merges, special, length)
+    def block(cls, key):
+        """The temporal block in `key`: what stands before MQK's or MV's name."""
+        return key[:-len(next(filter(key.endswith, cls.PARTS)))]
 
-    @staticmethod
-    def clean(text):
-        """As OpenAI's CLIP: repair Unicode, resolve HTML entities twice, collapse spaces, lower case."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        return unicodedata.normalize("NFC", " ".join(text.split()).lower())
+    def __getitem__(self, key):
+        return self._parameters[key]
 
-    @functools.lru_cache(maxsize=4096)
-    def bpe(self, word):
-        """The token ids of a word: from single bytes, join the pair of lowest rank until none is left."""
-        parts = [self.alphabet[b] for b in word.encode("utf-8")]
-        parts[-1] += "</w>"
-        while len(parts) > 1:
-            pair = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, math.inf))
-            if pair not in self.rank:
-                break
-            merged, i = [], 0
-            while i < len(parts):
-                join = i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair
-                merged.append("".join(pair) if join else parts[i])
-                i += 2 if join else 1
-            parts = merged
-        return [self.vocab.get(p, self.unk) for p in parts]
+    def __setitem__(self, key, value):
+        # torch's register_parameter refuses names with dots; the table behind it takes them, as all else does.
+        self._parameters[key] = nn.Parameter(value)
 
-    def encode(self, text):
-        """Token ids of one string, without start, end and padding."""
-        ids = []
-        for piece in self.special_pattern.split(self.clean(text)):
-            if piece in self.special:
-                ids.append(self.special[piece])
-            else:
-                ids += [i for word in self.WORDS.findall(piece) for i in self.bpe(word)]
-        return ids
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """nn.Module's, but for its check of names, which takes a dot for a submodule."""
+        if strict and state_dict.keys() != self._parameters.keys():
+            raise UserError("these are other embeddings: " +
+                            ", ".join(sorted(state_dict.keys() ^ self._parameters.keys())[:2]))
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
-    def __call__(self, texts):
-        """list of B strings -> LongTensor (B, L), padded and truncated to L."""
-        rows = [[self.bos, *self.encode(text)[:self.length - 2], self.eos] for text in texts]
-        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+    def for_attention(self, block, attention, frames, grid, dtype=torch.float32):
+        """m_qk, m_v, each (1 or H*W, F, C), for one attention of a block; 0 if the part is absent or off."""
+        m_qk = m_v = 0
+        if self.use_mqk and f"{block}.pos_embed" in self._parameters:
+            m_qk = self._resized(block, ".pos_embed", frames, grid).to(dtype)
+        if self.use_mv and f"{block}.{attention}.vSpatial" in self._parameters:
+            m_v = self._resized(block, f".{attention}.vSpatial", frames, grid)
+            # Last, since differences of neighbouring frames mean something only on the frames that are used.
+            if self.debias_in_training or not self.training:
+                m_v = debias(m_v, self.debias)                                                         # (Eq. 5)
+            m_v = m_v.to(dtype)
+        return m_qk, m_v
 
+    def _resized(self, block, part, frames, grid):
+        """One parameter (1 or H*W, F, C), interpolated where F or the grid is not that of the training."""
+        m, own = self[block + part], self.grids[block]
+        if self.frames is None and frames <= m.shape[1]:
+            m = m[:, :frames]
+        elif frames != m.shape[1]:
+            # align_corners: first and last frame stay what they are, and a steady drift stays steady.
+            m = nnf.interpolate(m.transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
+        if len(m) > 1 and own is None and len(m) != math.prod(grid):
+            raise UserError(
+                f"the motion file was made for {len(m)} positions and does not say in which shape; "
+                f"this size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
+        if len(m) > 1 and own not in (None, tuple(grid)):
+            plane = m.permute(1, 2, 0).unflatten(2, own)                                           # (F, C, H, W)
+            plane = nnf.interpolate(plane, tuple(grid), mode="bilinear", align_corners=False)
+            m = plane.flatten(2).permute(2, 0, 1)
+        return m
 
-# ------------------------------------------------------------------------------------------------------------
-# Text encoder: the text tower of CLIP (Radford et al., arXiv 2103.00020)
-# ------------------------------------------------------------------------------------------------------------
+    def check_fits(self, unet):
+        """UserError if these embeddings belong to another UNet."""
+        widths = {block: c for sites in unet.motion_sites.values() for block, c in sites.items()}
+        for key, value in self._parameters.items():
+            block = self.block(key)
+            if widths.get(block) != value.shape[-1]:
+                raise UserError(
+                    f"these motion embeddings do not fit the model: {block} has width {value.shape[-1]} in the "
+                    f"motion file and {widths.get(block, 'no place')} in the model; "
+                    "use the model they were made with")
 
-def quick_gelu(x):
-    """OpenAI CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
+    def save(self, path):
+        """Writes safetensors; settings, grids and source travel as metadata."""
+        about = {name: getattr(self, name) for name in ("frames", "grids", "source", *self.SETTINGS)}
+        save_safetensors(path, self.state_dict(), {"mini_mi": json.dumps(about)})
 
-
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-
-
-class CLIPAttention(nn.Module):
-    """Multi-head self-attention with biases on (B,L,D); `causal`: a token sees itself and those before."""
-
-    def __init__(self, width, heads, causal):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for f in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)            # (B, heads, L, D/heads)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+    @classmethod
+    def load(cls, path):
+        """Reads a file of `save` or the authors' motion_embed.pt. Parts that it lacks are switched off."""
+        tensors, about = read_motion_file(path)
+        self = cls(None, about["frames"], None, None, **about["settings"])
+        self.grids, self.source = about["grids"], about["source"]
+        for key, value in tensors.items():
+            self[key] = value.float()
+        return self.eval()
 
 
-class CLIPEncoderLayer(nn.Module):
-    """Pre-norm transformer layer on (B,L,D). CLIP's towers are stacks of it; only text is causal.
+# ============================================================================================================
+#   LEARN IT: one clip's motion into the embeddings (Eq. 4)
+# ============================================================================================================
 
-    The vision tower, which judges results, is in eval_mi.py.
+def motion_loss(kind, prediction, target, anchor):
+    """The training loss, 0-d, from prediction and target (B,C,F,H,W) and the number of an anchor frame.
+
+    mse       || eps - eps_theta ||^2, averaged; v for eps if the model predicts v, as data/tiny does  (Eq. 4)
+    debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
+              frame has in common with the anchor counts less. It is MotionDirector's (arXiv 2310.08465), and
+              is no relation of `debias`
+    hybrid    debiased, while a LoRA holds the looks of single frames: MotionDirector's whole loss, with which
+              the paper's numbers were made; see SpatialLoRA
+    """
+    mse = nnf.mse_loss(prediction, target)
+    if kind == "mse":
+        return mse
+    if kind in ("debiased", "hybrid"):
+        apart = [math.sqrt(2) * eps - eps[:, :, anchor, None] for eps in (prediction, target)]
+        return mse + nnf.mse_loss(*apart)
+    raise UserError(f"loss = {kind!r} is not known; it takes mse, debiased or hybrid")
+
+
+def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, loss="mse", state=None,
+                 state_every=25, on_step=None, checkpointing=False, progress=True, **settings):
+    """Learns the motion of one clip: latents (1,C,F,H,W), text (1,L,D) -> MotionEmbeddings, in eval mode.
+
+    M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
+
+    The defaults are the paper's, MODEL_DEFAULTS has those of data/tiny. Every step sees the clip at `batch`
+    noise levels. The result has `losses` (steps,).
+
+    state          file that keeps the training every `state_every` steps; an interrupted call goes on from it
+    on_step        called as on_step(step, motion) after every step, from 1; motion is in eval mode
+    checkpointing  recompute activations in backward: slower, much less memory
+    settings       of MotionEmbeddings: use_mqk, use_mv, levels, ...
+
+    The authors train in fp16 with dropout active; here the UNet stays in eval mode, so there is no dropout.
+    """
+    _, _, frames, height, width = latents.shape
+    unet, scheduler, generator = models.unet, models.scheduler, torch.Generator().manual_seed(seed)
+    motion = MotionEmbeddings(unet.config, frames, height, width, **settings).to(models.device)
+    # The decay is AdamW's default, which the authors leave active: a step shrinks every embedding by lr/100.
+    optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
+    # Gradients of float16 activations would vanish below 6e-8: the scaler multiplies the loss and divides the
+    # gradients.
+    scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
+    parts = dict(motion=motion, optimizer=optimizer, scaler=scaler)
+    lora = None
+    if loss == "hybrid":
+        lora = SpatialLoRA(unet, generator)
+        parts.update(lora=lora, lora_optimizer=lora.optimizer)
+    x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
+    try:
+        losses = load_state(state, parts, generator) if state and Path(state).exists() else []
+        if len(losses) > steps:
+            raise UserError(f"an earlier training got {len(losses)} steps far, more than the {steps} asked "
+                            f"for: ask for as many, or delete {state} to start over")
+        unet.checkpointing = checkpointing
+        bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
+                   disable=not progress)
+        for step in bar:
+            t = torch.randint(scheduler.T, (batch,), generator=generator)
+            noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
+            # The anchor is drawn for every loss, so that all see the same steps and noise.
+            anchor = torch.randint(frames, (), generator=generator).item()
+            x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
+
+            motion.train()
+            if lora:
+                lora.step(models, x_t, t, text, target, scaler, generator)
+            error = motion_loss(loss, predict(models, x_t, t, text, motion), target, anchor)
+            if not error.isfinite():
+                raise UserError(f"the loss is not finite at step {step + 1}: "
+                                f"lower --lr (now {lr}) or use --dtype float32")
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(error).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            losses.append(error.item())
+            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}")
+            if state and ((step + 1) % state_every == 0 or step + 1 == steps):
+                state = save_state(state, parts, generator, losses)
+            if on_step:
+                on_step(step + 1, motion.eval())
+    finally:                                       # the model is lent: whatever happens, it is as it was before
+        unet.checkpointing = False
+        if lora:
+            lora.remove()
+    motion.losses = torch.tensor(losses)
+    return motion.eval()
+
+
+# ============================================================================================================
+#   USE IT: new clips with that motion
+# ============================================================================================================
+
+class DDIMScheduler:
+    """The noise schedule, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps for t = 0 .. T-1 (arXiv 2006.11239),
+    and deterministic steps back (DDIM, eta = 0, arXiv 2010.02502).
+
+    The config of another sampler (DPM, Euler, PNDM, ...) is taken by its noise schedule, as diffusers'
+    `from_config` does; what it says about its own way of sampling is ignored.
     """
 
-    def __init__(self, c, causal):
-        super().__init__()
-        self.self_attn = CLIPAttention(c.hidden_size, c.num_attention_heads, causal)
-        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
-                                  "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
-        self.activation = ACTIVATIONS[c.hidden_act]
+    def __init__(self, config):
+        c = scheduler_settings(config)
+        self.T, self.offset = c.num_train_timesteps, c.steps_offset
+        self.v_prediction = c.prediction_type != "epsilon"
+        power = 0.5 if c.beta_schedule == "scaled_linear" else 1                # scaled: linear in sqrt(beta)
+        ramp = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T, dtype=torch.float32)
+        betas = ramp ** (1 / power)
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)              # abar_t = prod_{s<=t} (1 - beta_s)
+        self.final_alpha_cumprod = torch.tensor(1.0) if c.set_alpha_to_one else self.alphas_cumprod[0]
 
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
+    def abar(self, t, like):
+        """abar_t, shaped to multiply `like` (B,...); t int, 0-d or (B,); a step below 0 is the clean end."""
+        t = torch.as_tensor(t, device="cpu").reshape(-1)
+        abar = torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
+        return abar.to(like.device).view(-1, *[1] * (like.dim() - 1))
+
+    def timesteps(self, n):
+        """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step."""
+        if not 1 <= n <= self.T:
+            raise UserError(f"{n} sampling steps: it must be 1 to {self.T}")
+        steps = torch.arange(n).flip(0) * (self.T // n) + self.offset
+        if steps[0] >= self.T:
+            raise UserError(f"{n} sampling steps give a timestep above {self.T - 1}; take another number")
+        return steps
+
+    def add_noise(self, x0, noise, t):
+        """x_t from x_0."""
+        abar = self.abar(t, x0)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+    def target(self, x0, noise, t):
+        """What the model learns to say: eps, or v = sqrt(abar) eps - sqrt(1-abar) x_0 (arXiv 2202.00512)."""
+        abar = self.abar(t, x0)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * x0 if self.v_prediction else noise
+
+    def epsilon(self, model_out, t, x):
+        """The noise that the model sees in x at step t."""
+        abar = self.abar(t, x)
+        return abar.sqrt() * model_out + (1 - abar).sqrt() * x if self.v_prediction else model_out
+
+    def move(self, x, eps, abar_from, abar_to):
+        """One DDIM move between noise levels with the same eps, either way (arXiv 2010.02502, Eq. 12)."""
+        x0 = (x - (1 - abar_from).sqrt() * eps) / abar_from.sqrt()
+        return abar_to.sqrt() * x0 + (1 - abar_to).sqrt() * eps
+
+    def step(self, model_out, t, x, n):
+        """x at step t - T//n, from x (B,...) at step t and what the model said there; n steps in all."""
+        return self.move(x, self.epsilon(model_out, t, x), self.abar(t, x), self.abar(t - self.T // n, x))
 
 
-class CLIPTextTransformer(nn.Module):
-    """Token and position embeddings, causal layers, final norm: ids (B,L) -> (B,L,D)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.embeddings = nn.ModuleDict({
-            "token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
-            "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPEncoderLayer(c, causal=True)
-                                                              for _ in range(c.num_hidden_layers))})
-        self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-
-    def forward(self, ids):
-        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
-        for layer in self.encoder.layers:
-            x = layer(x)
-        return self.final_layer_norm(x)
+def predict(models, x, t, text, motion=None):
+    """The UNet's answer in float32, whatever the format of its weights."""
+    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
 
 
-class CLIPTextModel(nn.Module):
-    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
+@torch.no_grad()
+def ddim_invert(models, latents, text, steps=50, progress=True):
+    """The noise (B,C,F,H,W) from which as many sampling steps nearly give `latents` back: DDIM backwards.
 
-    All L states go to cross-attention and nothing masks the padding, so the pad token is part of the
-    conditioning.
-    Source: transformers' CLIPTextModel, whose keys these are.
+    From the lowest timestep up, eps is taken from x of the level below; text is (B,L,D), usually of the empty
+    prompt.
+    """
+    scheduler, x = models.scheduler, latents
+    below = 0                                        # the clean latents count as level 0: alphas_cumprod[0]
+    for t in tqdm(scheduler.timesteps(steps).flip(0), "inverting", unit="step", disable=not progress):
+        eps = scheduler.epsilon(predict(models, x, t, text), t, x)
+        x = scheduler.move(x, eps, scheduler.abar(below, x), scheduler.abar(t, x))
+        below = t
+    return x
+
+
+def blend_noise(inverted, fresh, prior):
+    """Start noise: sqrt(prior) * inverted reference + sqrt(1 - prior) * fresh noise; the authors take 0.5.
+
+    The weights keep the variance at 1 if both have it. The inverted part brings the rough layout of the
+    reference's motion along, which is why eval_mi.py always compares with this noise and no embeddings.
+    """
+    return math.sqrt(prior) * inverted + math.sqrt(1 - prior) * fresh
+
+
+@torch.no_grad()
+def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, progress=True):
+    """noise (B,C,F,H,W), text, negative (B,L,D) -> latents (B,C,F,H,W): DDIM, classifier-free guidance.
+
+    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings act on both
+    halves; guidance <= 1 runs the prompt alone.
+    """
+    scheduler, x, guided = models.scheduler, noise, guidance > 1
+    texts = torch.cat([negative, text]) if guided else text
+    for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
+        out = predict(models, torch.cat([x, x]) if guided else x, t, texts, motion)
+        if guided:
+            unconditional, conditional = out.chunk(2)
+            out = unconditional + guidance * (conditional - unconditional)
+        x = scheduler.step(out, t, x, steps)
+    if not x.isfinite().all():
+        raise UserError("sampling gave values that are not finite: use --dtype float32 or bfloat16")
+    return x
+
+
+CHUNK = 16                                      # frames that the autoencoder takes at once; bounds the memory
+
+
+@torch.no_grad()
+def encode_prompt(models, prompts):
+    """list of B strings -> (B,L,D)"""
+    return models.text_encoder(models.tokenizer(prompts).to(models.device))
+
+
+@torch.no_grad()
+def encode_video(models, video, generator=None):
+    """video (B,3,F,h,w) in [-1,1] -> scaled latents (B,C,F,H,W): mean, or sample with a (CPU) generator."""
+    frames = video.transpose(1, 2).flatten(0, 1).to(models.device, torch.float32)        # (B*F, 3, h, w)
+    mean, logvar = (torch.cat(part) for part in zip(*map(models.vae.encode, frames.split(CHUNK))))
+    if generator is not None:
+        mean = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
+    return mean.unflatten(0, (len(video), -1)).transpose(1, 2) * models.vae.scaling_factor
+
+
+@torch.no_grad()
+def decode_video(models, latents):
+    """scaled latents (B,C,F,H,W) -> (B,3,F,h,w) in [-1,1]"""
+    frames = (latents.float() / models.vae.scaling_factor).transpose(1, 2).flatten(0, 1)
+    video = torch.cat([models.vae.decode(z) for z in frames.split(CHUNK)])
+    return video.unflatten(0, (len(latents), -1)).transpose(1, 2).clamp(-1, 1)
+
+
+# ============================================================================================================
+#   THE FROZEN MODEL: UNet, autoencoder, text encoder, tokenizer. Attribute names are the keys of checkpoints
+# ============================================================================================================
+
+# ------------------------------------------------------------------------------------------------------------
+# UNet: predicts the noise (or v) in a noisy video (Wang et al., ModelScope, arXiv 2308.06571)
+# ------------------------------------------------------------------------------------------------------------
+
+def unet_settings(config):
+    """config.json of a UNet3DConditionModel as a checked namespace."""
+    c = read_config("UNet", config, dict(
+        in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
+        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
+        block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, downsample_padding=1,
+        mid_block_scale_factor=1, act_fn="silu", norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1024,
+        attention_head_dim=64, num_attention_heads=None, time_cond_proj_dim=None,
+    ), implemented=dict(
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        downsample_padding=(1,), mid_block_scale_factor=(1,), act_fn=("silu",), num_attention_heads=(None,),
+        time_cond_proj_dim=(None,)))
+    mirrored = [kind.replace("Up", "Down") for kind in reversed(c.up_block_types)]
+    if mirrored != list(c.down_block_types) or len(c.block_out_channels) != len(mirrored):
+        raise UserError("UNet config: up_block_types must mirror down_block_types, with one entry of "
+                        "block_out_channels for each level")
+    if "CrossAttnDownBlock3D" not in c.down_block_types:
+        raise UserError("UNet config: no level has attention, "
+                        "so there is no temporal attention to put motion into")
+    return c
+
+
+class UNet3DConditionModel(nn.Module):
+    """x (B,C,F,H,W), t (int, 0-d or (B,)), text (B,L,D), motion (MotionEmbeddings or None) -> (B,C,F,H,W).
+
+    ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; a row of `up` begins with
+    the sum of what comes from below and of the skip that is on top of the stack. * is where the method puts
+    its embeddings.
+
+        down_blocks.0   320, 320            attn     40x72 for 320x576 pixels   each layer and each halving
+        down_blocks.1   640, 640            attn     20x36                      pushes its output as a skip
+        down_blocks.2   1280, 1280          attn *   10x18
+        down_blocks.3   1280, 1280                    5x9
+        mid_block       1280, 1280          attn      5x9
+        up_blocks.0     1280, 1280, 1280              5x9                       each layer pops a skip and
+        up_blocks.1     1280, 1280, 1280    attn *   10x18                      concatenates it
+        up_blocks.2     640, 640, 640       attn     20x36
+        up_blocks.3     320, 320, 320       attn     40x72
+
+    Source: diffusers' UNet3DConditionModel, whose keys these are.
     """
 
     def __init__(self, config):
         super().__init__()
-        c = read_config("text encoder", config, dict(
-            vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
-            num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-        ), implemented={"hidden_act": tuple(ACTIVATIONS)})
-        self.text_model = CLIPTextTransformer(c)
+        self.config = dict(config)
+        c = unet_settings(config)
+        widths, n = c.block_out_channels, len(c.block_out_channels)
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0])
+        # A quirk of the original: always 8 heads here, elsewhere as many as fit the width.
+        self.transformer_in = TransformerTemporalModel(widths[0], 8, c)
 
-    def forward(self, ids):
-        return self.text_model(ids)
+        attention = [kind == "CrossAttnDownBlock3D" for kind in c.down_block_types]
+        skips = [widths[0]]                             # widths of the skips, pushed and popped as in forward
+        self.down_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+            rows = [(before, width)] + [(width, width)] * (c.layers_per_block - 1)
+            self.down_blocks.append(UNetBlock3D(rows, c, attention[i], downsample=i < n - 1))
+            skips += [width] * (c.layers_per_block + (i < n - 1))
+        self.mid_block = UNetMidBlock3D(c)
+        self.up_blocks = nn.ModuleList()
+        before = widths[-1]
+        for i in reversed(range(n)):
+            rows = []
+            for _ in range(c.layers_per_block + 1):
+                rows.append((before + skips.pop(), widths[i]))
+                before = widths[i]
+            self.up_blocks.append(UNetBlock3D(rows, c, attention[i], upsample=i > 0))
+
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+        self.checkpointing = False                         # True: recompute layers in backward to save memory
+
+        # level -> {temporal block: its C}, down and up; not the middle block, where the authors put nothing
+        self.motion_sites = {i: {} for i in range(n) if attention[i]}
+        level_of = {f"{side}_blocks.{i if side == 'down' else n - 1 - i}": i
+                    for side in ("down", "up") for i in range(n)}
+        for name, module in self.named_modules():
+            if isinstance(module, TemporalTransformerBlock):
+                module.name = name
+                level = level_of.get(name.partition(".temp_attentions")[0])
+                if level is not None:
+                    self.motion_sites[level][name] = module.norm1.weight.shape[0]
+
+    def _layer(self, block, i, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block.layer, i, *args, use_reentrant=False)
+        return block.layer(i, *args)
+
+    def forward(self, x, t, text, motion=None):
+        if motion is not None:
+            motion.check_fits(self)
+        batch, _, frames, _, _ = x.shape
+        emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
+
+        # Whatever the order of the latents in memory, channels come last from here on: then every change
+        # between convolutions, transformers and planes of time is a view, and the CPU's kernels are faster.
+        hidden = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        hidden = self.transformer_in(self.conv_in(hidden), frames)                            # (B*F, C, H, W)
+        skips = [hidden]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                hidden = self._layer(block, i, hidden, emb, text, frames, motion)
+                skips.append(hidden)
+            if hasattr(block, "downsamplers"):
+                hidden = block.downsamplers[0](hidden)
+                skips.append(hidden)
+
+        hidden = self.mid_block(hidden, emb, text, frames, motion)
+
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+                hidden = self._layer(block, i, hidden, emb, text, frames, motion)
+            if hasattr(block, "upsamplers"):
+                hidden = block.upsamplers[0](hidden, size=skips[-1].shape[-2:])
+
+        out = self.conv_out(nnf.silu(self.conv_norm_out(hidden)))
+        return out.unflatten(0, (batch, frames)).transpose(1, 2).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Convolution parts that the autoencoder and the UNet share
-# ------------------------------------------------------------------------------------------------------------
+class UNetBlock3D(nn.Module):
+    """One level of the UNet. Per layer: resnet, temporal conv, spatial transformer, temporal transformer;
+    the transformers only where the level has attention; then the change of size, if any.
+
+    It has no forward: the UNet calls it layer by layer, because each layer pushes or pops a skip.
+
+    rows   one (c_in, c_out) per layer
+    """
+
+    def __init__(self, rows, c, attention, downsample=False, upsample=False):
+        super().__init__()
+        groups, emb_width = c.norm_num_groups, 4 * c.block_out_channels[0]
+        widths = [c_out for _, c_out in rows]
+        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, c.norm_eps, emb_width)
+                                     for c_in, c_out in rows)
+        self.temp_convs = nn.ModuleList(TemporalConvLayer(w, groups) for w in widths)
+        if attention:
+            self.attentions = nn.ModuleList(Transformer2DModel(w, c) for w in widths)
+            self.temp_attentions = nn.ModuleList(
+                TransformerTemporalModel(w, w // c.attention_head_dim, c) for w in widths)
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample2D(widths[-1], pad=(1, 1, 1, 1))])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample2D(widths[-1])])
+
+    def layer(self, i, x, emb, text, frames, motion):
+        """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W)."""
+        x = self.temp_convs[i](self.resnets[i](x, emb), frames)
+        if hasattr(self, "attentions"):
+            x = self.temp_attentions[i](self.attentions[i](x, text), frames, motion)
+        return x
+
+
+class UNetMidBlock3D(nn.Module):
+    """The deepest level: resnet and temporal conv, both transformers, resnet and temporal conv."""
+
+    def __init__(self, c):
+        super().__init__()
+        width, groups, emb_width = c.block_out_channels[-1], c.norm_num_groups, 4 * c.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, c.norm_eps, emb_width)
+                                     for _ in range(2))
+        self.temp_convs = nn.ModuleList(TemporalConvLayer(width, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer2DModel(width, c)])
+        self.temp_attentions = nn.ModuleList(
+            [TransformerTemporalModel(width, width // c.attention_head_dim, c)])
+
+    def forward(self, x, emb, text, frames, motion):
+        x = self.temp_convs[0](self.resnets[0](x, emb), frames)
+        x = self.temp_attentions[0](self.attentions[0](x, text), frames, motion)
+        return self.temp_convs[1](self.resnets[1](x, emb), frames)
+
+
+class TimestepEmbedding(nn.Module):
+    """Diffusion step (B,) -> vector (B,E): sines and cosines of falling frequency, then two linear layers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t):
+        half = self.channels // 2
+        index = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * index / half)
+        angles = t.float()[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(nnf.silu(self.linear_1(waves)))
+
 
 class ResnetBlock2D(nn.Module):
     """norm, SiLU, conv, (+ diffusion step), norm, SiLU, conv, plus the input. (N,C,H,W) -> (N,C_out,H,W).
 
     emb: the embedded diffusion step, one row per sample of the batch (B,E); in a video N = B*F and all frames
-    of a clip share their row. The autoencoder has none.
+    of a clip share their row. The autoencoder, which has this block too, has none.
     """
 
     def __init__(self, c_in, c_out, groups, eps, emb_width=None):
@@ -318,12 +707,12 @@ class ResnetBlock2D(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb=None):
-        h = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv1(nnf.silu(self.norm1(x)))
         if emb is not None:
-            step = self.time_emb_proj(F.silu(emb))                                       # (B, C_out)
-            h = h + step.repeat_interleave(len(x) // len(emb), 0)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+            step = self.time_emb_proj(nnf.silu(emb))                                     # (B, C_out)
+            hidden = hidden + step.repeat_interleave(len(x) // len(emb), 0)[:, :, None, None]
+        hidden = self.conv2(nnf.silu(self.norm2(hidden)))
+        return hidden + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class Downsample2D(nn.Module):
@@ -335,7 +724,7 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, self.pad))
+        return self.conv(nnf.pad(x, self.pad))
 
 
 class Upsample2D(nn.Module):
@@ -347,30 +736,111 @@ class Upsample2D(nn.Module):
 
     def forward(self, x, size=None):
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(nnf.interpolate(x, size=size, mode="nearest"))
 
 
-def linear(x, weight, bias=None):
-    """x (..., C), weight (C_out, C) -> x W^T + bias, (..., C_out): F.linear.
+class TemporalConv(nn.Conv3d):
+    """A (3,1,1) convolution: three neighbouring frames, one position. (B,C,F,H*W) -> (B,C_out,F,H*W).
 
-    On the CPU wide layers are computed as a 1x1 convolution: the same sums by oneDNN, which on AMD's CPUs is
-    faster than MKL, the library that torch multiplies matrices with (tests/bench.py).
+    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, by the kernels for pictures.
     """
-    if x.device.type != "cpu" or max(weight.shape) < 256:
-        return F.linear(x, weight, bias)
-    column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)       # (1, C, N, 1), a view: channels last
-    return F.conv2d(column, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
-
-class Linear(nn.Linear):
-    """nn.Linear by way of `linear`."""
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        return nnf.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
+
+
+class TemporalConvLayer(nn.Module):
+    """Four times norm, SiLU, temporal convolution; plus the input. (B*F,C,H,W) -> the same.
+
+    Source: ModelScope's text-to-video UNet. The norms run over all frames of a clip together.
+    """
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        def stage(*dropout):
+            """One of the four: norm at key 0, convolution at 2 or 3."""
+            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
+                                 TemporalConv(channels, channels))
+        # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
+        self.conv1, self.conv2, self.conv3, self.conv4 = stage(), *(stage(nn.Dropout(0.1)) for _ in range(3))
+        # A layer that starts as the identity lets a video model begin as the picture model that it was.
+        nn.init.zeros_(self.conv4[-1].weight)
+        nn.init.zeros_(self.conv4[-1].bias)
+
+    def forward(self, x, frames):
+        plane = to_plane(x, frames)                                                      # (B, C, F, H*W)
+        plane = self.conv4(self.conv3(self.conv2(self.conv1(plane))))
+        return x + plane.transpose(1, 2).reshape(x.shape)
+
+
+def to_plane(x, frames):
+    """(B*F,C,H,W) -> (B,C,F,H*W): the frames of a clip as rows of one picture."""
+    return x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer over the H*W positions of every frame, (B*F,C,H,W) -> the same; text (B,L,D)."""
+
+    def __init__(self, channels, c):
+        super().__init__()
+        heads = channels // c.attention_head_dim
+        width = heads * c.attention_head_dim
+        self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
+        self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.transformer_blocks = nn.ModuleList(
+            [SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)])
+
+    def forward(self, x, text):
+        hidden = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))                   # (B*F, H*W, C)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, text)
+        return x + self.proj_out(hidden).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class SpatialTransformerBlock(nn.Module):
+    """Self-attention within a frame, cross-attention to text, feed-forward; each on a norm, each added."""
+
+    def __init__(self, width, heads, head_dim, text_width):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.attn1 = Attention(width, heads, head_dim)
+        self.attn2 = Attention(width, heads, head_dim, text_width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x, text):                                                          # x (B*F, H*W, C)
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed, normed)
+        # All frames of a clip read the same text: keys and values are computed once per clip, not per frame.
+        normed = self.norm2(x).reshape(len(text), -1, x.shape[-1])                       # (B, F*H*W, C)
+        x = x + self.attn2(normed, text, text).view_as(x)
+        return x + self.ff(self.norm3(x))
+
+
+class TransformerTemporalModel(nn.Module):
+    """Transformer over the F frames of every position, (B*F,C,H,W) -> the same. Its block is in THE PAPER."""
+
+    def __init__(self, channels, heads, c):
+        super().__init__()
+        width = heads * c.attention_head_dim
+        self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
+        self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.transformer_blocks = nn.ModuleList(
+            [TemporalTransformerBlock(width, heads, c.attention_head_dim)])
+
+    def forward(self, x, frames, motion=None):
+        hidden = self.norm(to_plane(x, frames)).permute(0, 3, 2, 1).contiguous()         # (B, H*W, F, C)
+        hidden = self.proj_in(hidden)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, x.shape[2:], motion)
+        # (B, F, H*W, C), (B*F, C, H*W), (B*F, C, H, W)
+        return x + self.proj_out(hidden).transpose(1, 2).flatten(0, 1).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Attention(nn.Module):
-    """Multi-head attention. q_in (N,Lq,C), k_in and v_in (N,Lk,D) -> (N,Lq,C).
+    """Multi-head attention. q_in (..., L, C), k_in and v_in (..., L', D) -> (..., L, C).
 
     Queries, keys and values come from three arguments, not from one: the paper's Eq. 3 adds one embedding to
     the input of queries and keys and another to the input of values.
@@ -379,17 +849,104 @@ class Attention(nn.Module):
     def __init__(self, width, heads, head_dim, context_width=None, bias=False):
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(width, heads * head_dim, bias)
-        self.to_k = Linear(context_width or width, heads * head_dim, bias)
-        self.to_v = Linear(context_width or width, heads * head_dim, bias)
-        self.to_out = nn.ModuleList([Linear(heads * head_dim, width)])       # a list: the keys are to_out.0.*
+        self.to_q = nn.Linear(width, heads * head_dim, bias)
+        self.to_k = nn.Linear(context_width or width, heads * head_dim, bias)
+        self.to_v = nn.Linear(context_width or width, heads * head_dim, bias)
+        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, width)])    # a list: the keys are to_out.0.*
 
     def forward(self, q_in, k_in, v_in):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
                    for f, x in ((self.to_q, q_in), (self.to_k, k_in), (self.to_v, v_in)))
-        # softmax(q k^T / sqrt(head_dim)) v: (N, heads, Lq, head_dim)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](x.transpose(1, 2).flatten(2))
+        # softmax(q k^T / sqrt(head_dim)) v: (..., heads, L, head_dim)
+        x = nnf.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](x.transpose(-2, -3).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a linear layer, with keys 0 and 2: the middle place is a dropout's, which has no weights."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit: half of the projection, times GELU of the other half."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * nnf.gelu(gate)
+
+
+class SpatialLoRA(nn.Module):
+    """The helper of `--loss hybrid`: y = W x + B A x in all linear layers of the spatial transformers.
+
+    In 4 of 5 training steps it first learns from one random frame of the clip, seen as a clip of one frame,
+    and stays on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
+    need not hold. It is thrown away afterwards. A (rank, C) starts normal with deviation 1 / rank, B (C, rank)
+    at zero. Source: MotionDirector (arXiv 2310.08465), whose rank and learning rate these are.
+    """
+
+    def __init__(self, unet, generator, rank=32, lr=5e-4):
+        super().__init__()
+        layers = [layer for transformer in unet.modules() if isinstance(transformer, Transformer2DModel)
+                  for layer in transformer.modules() if isinstance(layer, nn.Linear)]
+        self.a = nn.ParameterList([torch.randn(rank, f.in_features, generator=generator) / rank for f in layers])
+        self.b = nn.ParameterList([torch.zeros(f.out_features, rank) for f in layers])
+        self.to(unet.conv_in.weight.device).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
+        self.on = False
+        # Hooks, since they leave the frozen model as it is: `remove` takes them away, and nothing is left.
+        self.hooks = [layer.register_forward_hook(functools.partial(self._add, n))
+                      for n, layer in enumerate(layers)]
+
+    def _add(self, n, layer, inputs, out):
+        if self.on:
+            a, b = self.a[n].to(out.dtype), self.b[n].to(out.dtype)
+            out = out + nnf.linear(nnf.linear(inputs[0], a), b)
+        return out
+
+    def step(self, models, x_t, t, text, target, scaler, generator):
+        """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else it is off."""
+        self.on = torch.rand((), generator=generator).item() < 0.8
+        frame = torch.randint(x_t.shape[2], (), generator=generator).item()
+        if self.on:
+            self.requires_grad_(True)
+            prediction = predict(models, x_t[:, :, frame, None], t.to(models.device), text)
+            error = nnf.mse_loss(prediction, target[:, :, frame, None])
+            self.optimizer.zero_grad(set_to_none=True)
+            scaler.scale(error).backward()
+            scaler.step(self.optimizer)
+            self.requires_grad_(False)                            # the clip's step trains the embeddings alone
+
+    def remove(self):
+        """The UNet is again as it was."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def scheduler_settings(config):
+    """scheduler_config.json as a checked namespace. Of another sampler's config the noise schedule counts."""
+    if config.get("_class_name", "DDIMScheduler") != "DDIMScheduler":
+        if "beta_start" not in config:
+            raise UserError(f"scheduler config: {config['_class_name']} has no noise schedule of betas")
+        config = {**config, "clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
+    return read_config("scheduler", config, dict(
+        num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+        trained_betas=None, clip_sample=True, set_alpha_to_one=True, steps_offset=0,
+        prediction_type="epsilon", thresholding=False, timestep_spacing="leading",
+        rescale_betas_zero_snr=False,
+    ), implemented=dict(
+        beta_schedule=("linear", "scaled_linear"), trained_betas=(None,), clip_sample=(False,),
+        prediction_type=("epsilon", "v_prediction"), thresholding=(False,), timestep_spacing=("leading",),
+        rescale_betas_zero_snr=(False,)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,8 +961,8 @@ class VAEAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)                                # (N, H*W, C)
-        return x + super().forward(h, h, h).transpose(1, 2).view_as(x)
+        hidden = self.group_norm(x).flatten(2).transpose(1, 2)                           # (N, H*W, C)
+        return x + super().forward(hidden, hidden, hidden).transpose(1, 2).view_as(x)
 
 
 class VAEBlock(nn.Module):
@@ -444,7 +1001,7 @@ class VAEHalf(nn.Module):
 
     def finish(self, x):
         """(N,C,h,w) -> (N,C_out,h,w)"""
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(nnf.silu(self.conv_norm_out(x)))
 
 
 class Encoder(VAEHalf):
@@ -531,635 +1088,309 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
+def to_model_range(frames):
+    """(F,h,w,3) uint8 -> (1,3,F,h,w) in [-1,1]"""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def to_uint8(video):
+    """(3,F,h,w) in [-1,1] -> (F,h,w,3) uint8 numpy array"""
+    return ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
 # ------------------------------------------------------------------------------------------------------------
-# UNet parts that look at space: one frame at a time
-# x is (B*F, C, H, W), the frames of a clip next to each other.
+# Text encoder: the text tower of CLIP (Radford et al., arXiv 2103.00020)
 # ------------------------------------------------------------------------------------------------------------
 
-class GEGLU(nn.Module):
-    """Gated linear unit: half of the projection, times GELU of the other half."""
+def quick_gelu(x):
+    """OpenAI CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, width, inner):
+
+ACTIVATIONS = {"gelu": nnf.gelu, "quick_gelu": quick_gelu}
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention with biases on (B,L,D); `causal`: a token sees itself and those before."""
+
+    def __init__(self, width, heads, causal):
         super().__init__()
-        self.proj = Linear(width, 2 * inner)
+        self.heads, self.causal = heads, causal
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x):
-        # Two products with half of the matrix each: the backward of one product's split would have to
-        # concatenate the halves.
-        value, gate = (linear(x, w, b) for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
-        return value * F.gelu(gate)
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        x = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)            # (B, heads, L, D/heads)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
-    """GEGLU and a linear layer, with keys 0 and 2: the middle place is a dropout's, which has no weights."""
+class CLIPEncoderLayer(nn.Module):
+    """Pre-norm transformer layer on (B,L,D). CLIP's towers are stacks of it; only text is causal.
 
-    def __init__(self, width):
+    The vision tower, which judges results, is in eval_mi.py.
+    """
+
+    def __init__(self, c, causal):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
+        self.self_attn = CLIPAttention(c.hidden_size, c.num_attention_heads, causal)
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
+                                  "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
+        self.activation = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x):
-        return self.net(x)
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
-class SpatialTransformerBlock(nn.Module):
-    """Self-attention within a frame, cross-attention to text, feed-forward; each on a norm, each added."""
-
-    def __init__(self, width, heads, head_dim, text_width):
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.attn1 = Attention(width, heads, head_dim)
-        self.attn2 = Attention(width, heads, head_dim, text_width)
-        self.ff = FeedForward(width)
-
-    def forward(self, x, text):                                                          # x (B*F, H*W, C)
-        h = self.norm1(x)
-        x = x + self.attn1(h, h, h)
-        # All frames of a clip read the same text: keys and values are computed once per clip, not per frame.
-        h = self.norm2(x).reshape(len(text), -1, x.shape[-1])                            # (B, F*H*W, C)
-        x = x + self.attn2(h, text, text).view_as(x)
-        return x + self.ff(self.norm3(x))
-
-
-class Transformer2DModel(nn.Module):
-    """Transformer over the H*W positions of every frame, (B*F,C,H,W) -> the same; text (B,L,D)."""
-
-    def __init__(self, channels, c):
-        super().__init__()
-        heads = channels // c.attention_head_dim
-        width = heads * c.attention_head_dim
-        self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
-        self.proj_in, self.proj_out = Linear(channels, width), Linear(width, channels)
-        self.transformer_blocks = nn.ModuleList(
-            [SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)])
-
-    def forward(self, x, text):
-        h = self.norm(x).flatten(2).transpose(1, 2).contiguous()                         # (B*F, H*W, C)
-        h = self.proj_in(h)
-        for block in self.transformer_blocks:
-            h = block(h, text)
-        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# UNet parts that look along time
-# ------------------------------------------------------------------------------------------------------------
-
-class TemporalConv(nn.Conv3d):
-    """A (3,1,1) convolution: three neighbouring frames, one position. (B,C,F,H,W) -> (B,C_out,F,H,W).
-
-    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, by the kernels for pictures.
-    """
-
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
-
-    def forward(self, x):
-        plane = F.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(1, 0))
-        return plane.unflatten(3, x.shape[3:])
-
-
-class TemporalConvLayer(nn.Module):
-    """Four times norm, SiLU, temporal convolution; plus the input. (B*F,C,H,W) -> the same.
-
-    Source: ModelScope's text-to-video UNet. The norms run over all frames of a clip together.
-    """
-
-    def __init__(self, channels, groups):
-        super().__init__()
-        def stage(*dropout):
-            """One of the four: norm at key 0, convolution at 2 or 3."""
-            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
-                                 TemporalConv(channels, channels))
-        # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
-        self.conv1, self.conv2, self.conv3, self.conv4 = stage(), *(stage(nn.Dropout(0.1)) for _ in range(3))
-        # A layer that starts as the identity lets a video model begin as the picture model that it was.
-        nn.init.zeros_(self.conv4[-1].weight)
-        nn.init.zeros_(self.conv4[-1].bias)
-
-    def forward(self, x, frames):
-        h = x.unflatten(0, (-1, frames)).transpose(1, 2)                                 # (B, C, F, H, W)
-        h = self.conv4(self.conv3(self.conv2(self.conv1(h))))
-        return x + h.transpose(1, 2).flatten(0, 1)
-
-
-# ============================================================================================================
-#
-#   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
-#
-#   A temporal attention layer sees features h of shape (B*H*W, F, C): one sequence of F frames per position.
-#   The motion of one clip is learned as two tensors per layer, added to the inputs of that layer and to
-#   nothing else:
-#
-#       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
-#
-#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It has no spatial axes, so it cannot hold
-#                          a shape.
-#   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion. For
-#                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
-#                          could hold the clip's looks, too.
-#
-#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, below). That is
-#   why MV is debiased at inference: what does not change from frame to frame is appearance and not motion;
-#   all frames but the first keep only the change (Eq. 5: `debias`).
-#
-# ============================================================================================================
-
-def debias(m_v, mode):
-    """Removes static appearance from the Motion Value embedding, (..., F, C) -> (..., F, C).
-
-    diff   m_v[0], then m_v[j] - m_v[j-1] for j > 0: the first frame, then changes, as in optical flow (Eq. 5)
-    mean   m_v - mean over frames: the paper's alternative "normalize"
-    none   m_v as trained: the paper's "vanilla"
-    """
-    if mode == "diff":
-        return torch.cat([m_v[..., :1, :], m_v[..., 1:, :] - m_v[..., :-1, :]], dim=-2)
-    if mode == "mean":
-        return m_v - m_v.mean(dim=-2, keepdim=True)
-    if mode == "none":
-        return m_v
-    raise UserError(f"debias = {mode!r} is not known; it takes diff, mean or none")
-
-
-class TemporalTransformerBlock(nn.Module):
-    """Two self-attentions over time and a feed-forward, x (B*H*W, F, C) -> the same.
-
-    `name` is this block's key in the UNet, under which `motion` keeps its embeddings. As in the authors' code
-    one MQK serves both attentions of a block, and each attention has an MV of its own.
-    """
-
-    def __init__(self, width, heads, head_dim):
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.attn1, self.attn2 = (Attention(width, heads, head_dim) for _ in range(2))
-        self.ff = FeedForward(width)
-        self.name = None                                                                 # set by the UNet
-
-    def forward(self, x, grid, motion=None):
-        for norm, attention, which in (self.norm1, self.attn1, "attn1"), (self.norm2, self.attn2, "attn2"):
-            h = norm(x)
-            h_qk = h_v = h
-            if motion is not None and self.name in motion.blocks:
-                m_qk, m_v = motion.at(self.name, which, x.shape[1], grid, h.dtype)
-                # Both are (M, 1 or H*W, F, C). The batch is clip 0 .. M-1, again 0 .. M-1, ...; the view puts
-                # sample i beside embedding i % M.
-                batched = h.view(-1, motion.clips, math.prod(grid), *x.shape[1:])        # (B/M, M, H*W, F, C)
-                if m_qk is not None:
-                    h_qk = (batched + m_qk).view_as(h)                          # MQK: h + m_qk        (Eq. 3)
-                if m_v is not None:
-                    h_v = (batched + m_v).view_as(h)                            # MV:  h + m_v         (Eq. 3)
-            x = x + attention(h_qk, h_qk, h_v)
-        return x + self.ff(self.norm3(x))
-
-
-class MotionEmbeddings(nn.Module):
-    """The motion of M clips, passed as `motion`: MQK and MV for all temporal attentions of some UNet levels.
-
-    unet_config      dict, the UNet's config.json
-    frames           F of the clips
-    height, width    the latent grid of the clips (not pixels)
-    levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has
-                     attention, which for ZeroScope is the authors' choice (width 1280 on the way down and up,
-                     not the middle block)
-    use_mqk, use_mv  the ablations: False leaves the part out, here, or later at inference
-    mqk_dims         1: shape (1, F, C), the method;     2: (H*W, F, C)
-    mv_dims          2: shape (H*W, F, C), the method;   1: (1, F, C)
-    debias           diff | mean | none, see `debias`. `.eval()` adds debiased MV, `.train()` raw MV, unless
-                     debias_in_training
-    clips            M; sample i of a batch uses clip i % M. Parameters have a leading axis M only if M > 1.
-
-    State keys are the authors': BLOCK.pos_embed is MQK, BLOCK.attn1.vSpatial and BLOCK.attn2.vSpatial are MV.
-    """
-
-    SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training")
-
-    def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True,
-                 mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False, clips=1):
-        super().__init__()
-        if not (use_mqk or use_mv):
-            raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
-        self._configure(frames, clips, use_mqk=use_mqk, use_mv=use_mv, mqk_dims=mqk_dims, mv_dims=mv_dims,
-                        debias=debias, debias_in_training=debias_in_training)
-        for name, channels, level in motion_sites(unet_config, levels):
-            # Every downsampling is a convolution of stride 2 and padding 1, which rounds odd sizes up.
-            rows, columns = -(-height // 2 ** level), -(-width // 2 ** level)
-            self.grids[name] = (rows, columns)
-            positions = {1: 1, 2: rows * columns}
-            if use_mqk:
-                self._add(f"{name}.pos_embed", torch.zeros(clips, positions[mqk_dims], frames, channels))
-            for attention in ("attn1", "attn2") if use_mv else ():
-                self._add(f"{name}.{attention}.vSpatial",
-                          torch.zeros(clips, positions[mv_dims], frames, channels))
-
-    def _configure(self, frames, clips, **settings):
-        self.frames, self.clips = frames, clips
-        for name in self.SETTINGS:
-            setattr(self, name, settings[name])
-        self.grids = {}              # block -> (H, W) that its MV was trained on; empty: the file did not say
-        self.blocks = {}             # block -> what it has: "pos_embed", "attn1.vSpatial", "attn2.vSpatial"
-        self.fixed_slots = False       # True: a file of the authors, whose 32 slots are cut, not interpolated
-        self.source = {}            # of which clip, if known: {"video": path, "prompt": what it shows, ...}
-
-    def _add(self, key, value):
-        """Registers `value` (M, P, F, C) as parameter `key`, building the modules that the dots ask for."""
-        block, short = re.fullmatch(r"(.*?)\.(pos_embed|attn[12]\.vSpatial)", key).groups()
-        *path, leaf = key.split(".")
-        module = self
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]
-        module.register_parameter(leaf, nn.Parameter(value if self.clips > 1 else value.squeeze(0)))
-        self.blocks.setdefault(block, []).append(short)
-
-    def at(self, block, attention, frames, grid, dtype=torch.float32):
-        """m_qk and m_v for one attention, each (M, 1 or H*W, F, C), or None where the part is absent or off.
-
-        Another number of frames or another grid than at training is interpolated, and only then debiased:
-        differences of neighbouring frames mean something only on the frames that are used.
-        """
-        m_qk = self._get(block, "pos_embed", frames, grid) if self.use_mqk else None
-        m_v = self._get(block, f"{attention}.vSpatial", frames, grid) if self.use_mv else None
-        if m_v is not None and (self.debias_in_training or not self.training):
-            m_v = debias(m_v, self.debias)                                               # (Eq. 5)
-        return tuple(None if m is None else m.to(dtype) for m in (m_qk, m_v))
-
-    def _get(self, block, short, frames, grid):
-        if short not in self.blocks[block]:
-            return None
-        m = self.get_parameter(f"{block}.{short}")
-        m = m if m.dim() == 4 else m[None]                                               # (M, P, slots, C)
-        if self.fixed_slots and frames <= m.shape[2]:
-            m = m[:, :, :frames]
-        if m.shape[2] != frames:                                                         # linear along time
-            flat = m.permute(0, 1, 3, 2).flatten(0, 1)                                   # (M*P, C, slots)
-            flat = F.interpolate(flat, size=frames, mode="linear", align_corners=False)
-            m = flat.unflatten(0, m.shape[:2]).permute(0, 1, 3, 2)
-        own = self.grids.get(block)
-        if m.shape[1] > 1 and own is None and m.shape[1] != math.prod(grid):
-            raise UserError(
-                f"the motion file was made for {m.shape[1]} positions and does not say in which shape; "
-                f"this size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
-        if m.shape[1] > 1 and own not in (None, tuple(grid)):                         # bilinear over the grid
-            plane = m.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, own)               # (M*F, C, own grid)
-            plane = F.interpolate(plane, size=tuple(grid), mode="bilinear", align_corners=False)
-            m = plane.flatten(2).unflatten(0, (len(m), frames)).permute(0, 3, 1, 2)
-        return m
-
-    def check_fits(self, widths):
-        """UserError if these embeddings belong to another UNet; widths: dict, temporal block -> its C."""
-        for name, parts in self.blocks.items():
-            have = self.get_parameter(f"{name}.{parts[0]}").shape[-1]
-            if widths.get(name) != have:
-                raise UserError(
-                    f"these motion embeddings do not fit the model: {name} has width {have} in the motion "
-                    f"file and {widths.get(name, 'no place')} in the model; "
-                    "use the model they were made with")
-
-    def clip(self, index):
-        """The embeddings of one of the M clips, as MotionEmbeddings with clips=1."""
-        one = MotionEmbeddings.__new__(MotionEmbeddings)
-        nn.Module.__init__(one)
-        one._configure(self.frames, 1, **{name: getattr(self, name) for name in self.SETTINGS})
-        one.grids, one.fixed_slots, one.source = dict(self.grids), self.fixed_slots, dict(self.source)
-        for key, value in self.state_dict().items():
-            one._add(key, (value[index] if self.clips > 1 else value)[None].clone())
-        return one.train(self.training)
-
-    def save(self, path):
-        """Writes safetensors; settings and grids travel as metadata. A file holds one clip."""
-        if self.clips > 1:
-            raise UserError("a motion file holds one clip: save motion.clip(i) for each of them")
-        settings = {name: getattr(self, name) for name in self.SETTINGS}
-        about = {**settings, "frames": self.frames, "grids": self.grids, "fixed_slots": self.fixed_slots,
-                 "source": self.source}
-        save_safetensors(path, self.state_dict(), {"mini_mi": json.dumps(about)})
-
-    @classmethod
-    def load(cls, path):
-        """Reads a file of `save` or the authors' motion_embed.pt. Parts that it lacks are switched off."""
-        tensors = load_tensors(path)
-        metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
-        form = r".*\.(pos_embed|attn[12]\.vSpatial)"
-        if not tensors or any(not re.fullmatch(form, key) or value.dim() != 3
-                              for key, value in tensors.items()):
-            raise UserError(f"{path} is not a motion file: its keys must end in pos_embed or vSpatial")
-        bad = [key for key, value in tensors.items() if not value.isfinite().all()]
-        if bad:
-            raise UserError(f"{path} has values that are not finite in {bad[0]}; train the motion again")
-        try:
-            about = json.loads(metadata["mini_mi"]) if "mini_mi" in metadata else {}
-            self = cls.__new__(cls)
-            nn.Module.__init__(self)
-            self._configure(about.get("frames", next(iter(tensors.values())).shape[1]), 1, **{
-                "use_mqk": any(k.endswith("pos_embed") for k in tensors),
-                "use_mv": any(k.endswith("vSpatial") for k in tensors),
-                "mqk_dims": 1, "mv_dims": 2, "debias": "diff", "debias_in_training": False,
-                **{k: v for k, v in about.items() if k in cls.SETTINGS}})
-            self.grids = {name: tuple(grid) for name, grid in about.get("grids", {}).items()}
-            self.fixed_slots, self.source = about.get("fixed_slots", True), dict(about.get("source", {}))
-        except (ValueError, TypeError, AttributeError) as e:
-            raise UserError(f"{path}: its settings cannot be read ({e}); train the motion again") from None
-        for key, value in tensors.items():
-            self._add(key, value.float()[None])
-        return self.eval()
-
-
-def motion_sites(unet_config, levels=None):
-    """[(block name, width, level)] of the temporal transformer blocks at the chosen levels, down then up."""
-    c = unet_settings(unet_config)
-    last = len(c.block_out_channels) - 1
-    having = [i for i, kind in enumerate(c.down_block_types) if kind == "CrossAttnDownBlock3D"]
-    levels = [having[-1]] if levels is None else list(levels)
-    if not levels or not set(levels) <= set(having):
-        raise UserError(f"levels {levels} cannot all take embeddings: "
-                        f"this model has attention at levels {having}")
-    widths = [w // c.attention_head_dim * c.attention_head_dim for w in c.block_out_channels]    # whole heads
-    down = [(f"down_blocks.{i}.temp_attentions.{j}.transformer_blocks.0", widths[i], i)
-            for i in sorted(levels) for j in range(c.layers_per_block)]
-    up = [(f"up_blocks.{last - i}.temp_attentions.{j}.transformer_blocks.0", widths[i], i)
-          for i in sorted(levels, reverse=True) for j in range(c.layers_per_block + 1)]
-    return down + up
-
-# ========================================= end of the paper's part ==========================================
-
-
-class TransformerTemporalModel(nn.Module):
-    """Transformer over the F frames of every position, (B*F,C,H,W) -> the same."""
-
-    def __init__(self, channels, heads, c):
-        super().__init__()
-        width = heads * c.attention_head_dim
-        self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
-        self.proj_in, self.proj_out = Linear(channels, width), Linear(width, channels)
-        self.transformer_blocks = nn.ModuleList(
-            [TemporalTransformerBlock(width, heads, c.attention_head_dim)])
-
-    def forward(self, x, frames, motion=None):
-        _, channels, height, width = x.shape
-        h = self.norm(x.unflatten(0, (-1, frames)).transpose(1, 2))                      # (B, C, F, H, W)
-        h = h.permute(0, 3, 4, 2, 1).reshape(-1, frames, channels).contiguous()          # (B*H*W, F, C)
-        h = self.proj_in(h)
-        for block in self.transformer_blocks:
-            h = block(h, (height, width), motion)
-        h = self.proj_out(h).view(-1, height, width, frames, channels)
-        return x + h.permute(0, 3, 4, 1, 2).reshape(x.shape)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# UNet: predicts the noise (or v) in a noisy video (Wang et al., ModelScope, arXiv 2308.06571)
-# ------------------------------------------------------------------------------------------------------------
-
-def unet_settings(config):
-    """config.json of a UNet3DConditionModel as a checked namespace."""
-    c = read_config("UNet", config, dict(
-        in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
-        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
-        block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, downsample_padding=1,
-        mid_block_scale_factor=1, act_fn="silu", norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1024,
-        attention_head_dim=64, num_attention_heads=None, time_cond_proj_dim=None,
-    ), implemented=dict(
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
-        downsample_padding=(1,), mid_block_scale_factor=(1,), act_fn=("silu",), num_attention_heads=(None,),
-        time_cond_proj_dim=(None,)))
-    mirrored = [kind.replace("Up", "Down") for kind in reversed(c.up_block_types)]
-    if mirrored != list(c.down_block_types) or len(c.block_out_channels) != len(mirrored):
-        raise UserError("UNet config: up_block_types must mirror down_block_types, with one entry of "
-                        "block_out_channels for each level")
-    if "CrossAttnDownBlock3D" not in c.down_block_types:
-        raise UserError("UNet config: no level has attention, "
-                        "so there is no temporal attention to put motion into")
-    return c
-
-
-class UNetBlock3D(nn.Module):
-    """One level of the UNet. Per layer: resnet, temporal conv, spatial transformer, temporal transformer;
-    the transformers only where the level has attention; then the change of size, if any.
-
-    It has no forward: the UNet calls it layer by layer, because each layer pushes or pops a skip.
-
-    rows   one (c_in, c_out) per layer
-    """
-
-    def __init__(self, rows, c, attention, downsample=False, upsample=False):
-        super().__init__()
-        groups, emb_width = c.norm_num_groups, 4 * c.block_out_channels[0]
-        widths = [c_out for _, c_out in rows]
-        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, c.norm_eps, emb_width)
-                                     for c_in, c_out in rows)
-        self.temp_convs = nn.ModuleList(TemporalConvLayer(w, groups) for w in widths)
-        if attention:
-            self.attentions = nn.ModuleList(Transformer2DModel(w, c) for w in widths)
-            self.temp_attentions = nn.ModuleList(
-                TransformerTemporalModel(w, w // c.attention_head_dim, c) for w in widths)
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample2D(widths[-1], pad=(1, 1, 1, 1))])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample2D(widths[-1])])
-
-    def layer(self, i, x, emb, text, frames, motion):
-        """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W)."""
-        x = self.temp_convs[i](self.resnets[i](x, emb), frames)
-        if hasattr(self, "attentions"):
-            x = self.temp_attentions[i](self.attentions[i](x, text), frames, motion)
-        return x
-
-
-class UNetMidBlock3D(nn.Module):
-    """The deepest level: resnet and temporal conv, both transformers, resnet and temporal conv."""
+class CLIPTextTransformer(nn.Module):
+    """Token and position embeddings, causal layers, final norm: ids (B,L) -> (B,L,D)."""
 
     def __init__(self, c):
         super().__init__()
-        width, groups, emb_width = c.block_out_channels[-1], c.norm_num_groups, 4 * c.block_out_channels[0]
-        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, c.norm_eps, emb_width)
-                                     for _ in range(2))
-        self.temp_convs = nn.ModuleList(TemporalConvLayer(width, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer2DModel(width, c)])
-        self.temp_attentions = nn.ModuleList(
-            [TransformerTemporalModel(width, width // c.attention_head_dim, c)])
+        self.embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
+            "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPEncoderLayer(c, causal=True)
+                                                              for _ in range(c.num_hidden_layers))})
+        self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
-    def forward(self, x, emb, text, frames, motion):
-        x = self.temp_convs[0](self.resnets[0](x, emb), frames)
-        x = self.temp_attentions[0](self.attentions[0](x, text), frames, motion)
-        return self.temp_convs[1](self.resnets[1](x, emb), frames)
-
-
-class TimestepEmbedding(nn.Module):
-    """Diffusion step (B,) -> vector (B,E): sines and cosines of falling frequency, then two linear layers."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.channels = channels
-        self.linear_1 = nn.Linear(channels, 4 * channels)
-        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
-
-    def forward(self, t):
-        half = self.channels // 2
-        index = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) * index / half)
-        angles = t.float()[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
+    def forward(self, ids):
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.final_layer_norm(x)
 
 
-class UNet3DConditionModel(nn.Module):
-    """x (B,C,F,H,W), t (int, 0-d or (B,)), text (B,L,D), motion (MotionEmbeddings or None) -> (B,C,F,H,W).
+class CLIPTextModel(nn.Module):
+    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
 
-    ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; a row of `up` begins with
-    the sum of what comes from below and of the skip that is on top of the stack. * is where the method puts
-    its embeddings.
-
-        down_blocks.0   320, 320            attn     40x72 for 320x576 pixels   each layer and each halving
-        down_blocks.1   640, 640            attn     20x36                      pushes its output as a skip
-        down_blocks.2   1280, 1280          attn *   10x18
-        down_blocks.3   1280, 1280                    5x9
-        mid_block       1280, 1280          attn      5x9
-        up_blocks.0     1280, 1280, 1280              5x9                       each layer pops a skip and
-        up_blocks.1     1280, 1280, 1280    attn *   10x18                      concatenates it
-        up_blocks.2     640, 640, 640       attn     20x36
-        up_blocks.3     320, 320, 320       attn     40x72
-
-    Source: diffusers' UNet3DConditionModel, whose keys these are.
+    All L states go to cross-attention and nothing masks the padding, so the pad token is part of the
+    conditioning.
+    Source: transformers' CLIPTextModel, whose keys these are.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = dict(config)
-        c = unet_settings(config)
-        widths, n = c.block_out_channels, len(c.block_out_channels)
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0])
-        # A quirk of the original: always 8 heads here, elsewhere as many as fit the width.
-        self.transformer_in = TransformerTemporalModel(widths[0], 8, c)
+        c = read_config("text encoder", config, dict(
+            vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+            num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+        ), implemented={"hidden_act": tuple(ACTIVATIONS)})
+        self.text_model = CLIPTextTransformer(c)
 
-        attention = [kind == "CrossAttnDownBlock3D" for kind in c.down_block_types]
-        skips = [widths[0]]                             # widths of the skips, pushed and popped as in forward
-        self.down_blocks = nn.ModuleList()
-        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
-            rows = [(before, width)] + [(width, width)] * (c.layers_per_block - 1)
-            self.down_blocks.append(UNetBlock3D(rows, c, attention[i], downsample=i < n - 1))
-            skips += [width] * (c.layers_per_block + (i < n - 1))
-        self.mid_block = UNetMidBlock3D(c)
-        self.up_blocks = nn.ModuleList()
-        before = widths[-1]
-        for i in reversed(range(n)):
-            rows = []
-            for _ in range(c.layers_per_block + 1):
-                rows.append((before + skips.pop(), widths[i]))
-                before = widths[i]
-            self.up_blocks.append(UNetBlock3D(rows, c, attention[i], upsample=i > 0))
-
-        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
-        self.checkpointing = False                         # True: recompute layers in backward to save memory
-        self.temporal_widths = {}                               # temporal block -> its C
-        for name, module in self.named_modules():
-            if isinstance(module, TemporalTransformerBlock):
-                module.name = name
-                self.temporal_widths[name] = module.norm1.weight.shape[0]
-
-    def _layer(self, block, i, *args):
-        if self.checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(block.layer, i, *args, use_reentrant=False)
-        return block.layer(i, *args)
-
-    def forward(self, x, t, text, motion=None):
-        if motion is not None:
-            motion.check_fits(self.temporal_widths)
-            if len(x) % motion.clips:
-                raise UserError(f"a batch of {len(x)} cannot be shared "
-                                f"by the embeddings of {motion.clips} clips")
-        batch, _, frames, _, _ = x.shape
-        emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
-
-        # contiguous: latents may lie in memory in another order; every layer would inherit it and be slower.
-        h = self.conv_in(x.transpose(1, 2).flatten(0, 1).contiguous())                        # (B*F, C, H, W)
-        h = self.transformer_in(h, frames)
-        skips = [h]
-        for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                h = self._layer(block, i, h, emb, text, frames, motion)
-                skips.append(h)
-            if hasattr(block, "downsamplers"):
-                h = block.downsamplers[0](h)
-                skips.append(h)
-
-        h = self.mid_block(h, emb, text, frames, motion)
-
-        for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                h = torch.cat([h, skips.pop()], dim=1)
-                h = self._layer(block, i, h, emb, text, frames, motion)
-            if hasattr(block, "upsamplers"):
-                h = block.upsamplers[0](h, size=skips[-1].shape[-2:])
-
-        h = self.conv_out(F.silu(self.conv_norm_out(h)))
-        return h.unflatten(0, (batch, frames)).transpose(1, 2)
+    def forward(self, ids):
+        return self.text_model(ids)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Diffusion: the noise schedule and DDIM (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502)
+# Tokenizer: byte-pair encoding as in OpenAI's CLIP
 # ------------------------------------------------------------------------------------------------------------
 
-class DDIMScheduler:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t = 0 .. T-1, and deterministic steps back (eta = 0)."""
+def byte_alphabet():
+    """256 printable characters, one per byte: BPE merges are text, and a raw byte may not be printable."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
+    shifted = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(shifted)}}
 
-    def __init__(self, config):
-        c = read_config("scheduler", config, dict(
-            num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
-            trained_betas=None, clip_sample=True, set_alpha_to_one=True, steps_offset=0,
-            prediction_type="epsilon", thresholding=False, timestep_spacing="leading",
-            rescale_betas_zero_snr=False,
-        ), implemented=dict(
-            beta_schedule=("linear", "scaled_linear"), trained_betas=(None,), clip_sample=(False,),
-            prediction_type=("epsilon", "v_prediction"), thresholding=(False,), timestep_spacing=("leading",),
-            rescale_betas_zero_snr=(False,)))
-        self.T, self.offset = c.num_train_timesteps, c.steps_offset
-        self.v_prediction = c.prediction_type != "epsilon"
-        power = 0.5 if c.beta_schedule == "scaled_linear" else 1                # scaled: linear in sqrt(beta)
-        ramp = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T, dtype=torch.float32)
-        betas = ramp ** (1 / power)
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)              # abar_t = prod_{s<=t} (1 - beta_s)
-        self.final_alpha_cumprod = torch.tensor(1.0) if c.set_alpha_to_one else self.alphas_cumprod[0]
 
-    def abar(self, t, like):
-        """abar_t, shaped to multiply `like` (B,...); t int, 0-d or (B,); a step below 0 is the clean end."""
-        t = torch.as_tensor(t, device="cpu").reshape(-1)
-        abar = torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
-        return abar.to(like.device).view(-1, *[1] * (like.dim() - 1))
+class CLIPTokenizer:
+    """Text -> token ids (B, L): <|startoftext|>, BPE tokens, <|endoftext|>, padding to L = model_max_length.
 
-    def timesteps(self, n):
-        """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step."""
-        if not 1 <= n <= self.T:
-            raise UserError(f"{n} sampling steps: it must be 1 to {self.T}")
-        steps = torch.arange(n).flip(0) * (self.T // n) + self.offset
-        if steps[0] >= self.T:
-            raise UserError(f"{n} sampling steps give a timestep above {self.T - 1}; take another number")
-        return steps
+    Source: OpenAI CLIP's simple_tokenizer (cleaning, word pattern, merges); the special tokens, and with them
+    the pad token, are those of the configuration files, as in transformers' CLIPTokenizer.
+    """
 
-    def add_noise(self, x0, noise, t):
-        """x_t from x_0."""
-        abar = self.abar(t, x0)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
-    def target(self, x0, noise, t):
-        """What the model learns to say: eps, or v = sqrt(abar) eps - sqrt(1-abar) x_0 (arXiv 2202.00512)."""
-        abar = self.abar(t, x0)
-        return abar.sqrt() * noise - (1 - abar).sqrt() * x0 if self.v_prediction else noise
+    def __init__(self, vocab, merges, special=None, length=77):
+        self.vocab, self.length = vocab, length
+        self.rank = {pair: n for n, pair in enumerate(merges)}  # (left, right) -> priority, 0 is merged first
+        self.alphabet = byte_alphabet()
+        self.noticed = set()                                    # prompts of which a cut was already reported
+        names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                 "pad_token": "<|endoftext|>", **(special or {})}
+        # an entry is either the token itself or a dict that describes it
+        names = {k: v["content"] if isinstance(v, dict) else v
+                 for k, v in names.items() if isinstance(v, (str, dict))}
+        missing = sorted({t for t in names.values() if t not in vocab})
+        if missing:
+            raise UserError(f"tokenizer: special tokens {missing} are not in its vocabulary")
+        self.bos, self.eos, self.unk, self.pad = (
+            vocab[names[f"{k}_token"]] for k in ("bos", "eos", "unk", "pad"))
+        # Special tokens are cut out of the text before BPE sees it. In SD 2 the pad token is "!", so "wow!!!"
+        # ends in three tokens "!" and not in the one BPE token "!!!".
+        self.special = {t: vocab[t] for t in sorted(set(names.values()), key=len, reverse=True)}
+        self.special_pattern = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
 
-    def epsilon(self, model_out, t, x):
-        """The noise that the model sees in x at step t."""
-        abar = self.abar(t, x)
-        return abar.sqrt() * model_out + (1 - abar).sqrt() * x if self.v_prediction else model_out
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Reads vocab.json and merges.txt, or tokenizer.json alone as transformers 5 writes it.
 
-    def move(self, x, eps, abar_from, abar_to):
-        """One DDIM move between noise levels with the same eps, either way (arXiv 2010.02502, Eq. 12)."""
-        x0 = (x - (1 - abar_from).sqrt() * eps) / abar_from.sqrt()
-        return abar_to.sqrt() * x0 + (1 - abar_to).sqrt() * eps
+        What names the special tokens, and the length, is read where it is there: tokenizer_config.json and
+        special_tokens_map.json. Without a length, or with transformers' 1e30 for "none", it is CLIP's 77.
+        """
+        folder = Path(folder)
+        if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+            whole = read_json(folder / "tokenizer.json")
+            vocab = {**whole["model"]["vocab"], **{t["content"]: t["id"] for t in whole["added_tokens"]}}
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in whole["model"]["merges"]]
+        else:
+            vocab = read_json(folder / "vocab.json")
+            try:
+                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            except (OSError, UnicodeDecodeError) as e:
+                raise UserError(f"{folder / 'merges.txt'} cannot be read ({e}); "
+                                "get the tokenizer folder again") from None
+            merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        config, special_map = (read_json(folder / name) if (folder / name).is_file() else {}
+                               for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        special = {k: v for source in (config, special_map) for k, v in source.items()
+                   if k in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        length = config.get("model_max_length") or 77
+        if length < 3:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length} leaves no token")
+        return cls(vocab, merges, special, 77 if length > 1e6 else int(length))
 
-    def step(self, model_out, t, x, n):
-        """x at step t - T//n, from x (B,...) at step t and what the model said there; n steps in all."""
-        return self.move(x, self.epsilon(model_out, t, x), self.abar(t, x), self.abar(t - self.T // n, x))
+    @staticmethod
+    def clean(text):
+        """As OpenAI's CLIP: repair Unicode, resolve HTML entities twice, collapse spaces, lower case."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return unicodedata.normalize("NFC", " ".join(text.split()).lower())
+
+    @functools.lru_cache(maxsize=4096)
+    def bpe(self, word):
+        """The token ids of a word: from single bytes, join the pair of lowest rank until none is left."""
+        parts = [self.alphabet[b] for b in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            pair = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, math.inf))
+            if pair not in self.rank:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                join = i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair
+                merged.append("".join(pair) if join else parts[i])
+                i += 2 if join else 1
+            parts = merged
+        return [self.vocab.get(p, self.unk) for p in parts]
+
+    def words(self, text):
+        """[(word or special token, its ids)] of a cleaned text, in order."""
+        found = []
+        for piece in self.special_pattern.split(text):
+            if piece in self.special:
+                found.append((piece, [self.special[piece]]))
+            else:
+                found += [(word, self.bpe(word)) for word in self.WORDS.findall(piece)]
+        return found
+
+    def encode(self, text):
+        """Token ids of one string, L - 2 at most, without start, end and padding. Says what it cuts off."""
+        ids, cut = [], []
+        for word, tokens in self.words(self.clean(text)):
+            ids += tokens
+            if len(ids) > self.length - 2:
+                cut.append(word)
+        if cut and text not in self.noticed:
+            self.noticed.add(text)
+            print(f"notice: a prompt has more than the {self.length - 2} tokens that the model reads; this is cut "
+                  f"off: {textwrap.shorten(' '.join(cut), 300)}")
+        return ids[:self.length - 2]
+
+    def __call__(self, texts):
+        """list of B strings -> LongTensor (B, L), padded and truncated to L."""
+        rows = [[self.bos, *self.encode(text), self.eos] for text in texts]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files of the method: motions and interrupted trainings
+# ------------------------------------------------------------------------------------------------------------
+
+def read_motion_file(path):
+    """A motion file's tensors, and what it says about them: dict(frames, grids, source, settings).
+
+    Two kinds: safetensors by MotionEmbeddings.save, and motion_embed.pt by the authors, which says nothing.
+    UserError: other tensors, values that are not finite, settings that cannot be.
+    """
+    tensors, ends = load_tensors(path), MotionEmbeddings.PARTS
+    if not tensors or any(not key.endswith(ends) or m.dim() != 3 for key, m in tensors.items()):
+        raise UserError(f"{path} is not a motion file: its keys must end in pos_embed or vSpatial")
+    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{path} has values that are not finite in {bad[0]}; train the motion again")
+    metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+    try:
+        about = json.loads(metadata.get("mini_mi", "{}"))
+        # In files of the first edition "fixed_slots" marks what came from a file of the authors.
+        frames = None if about.get("fixed_slots") else about.get("frames")
+        if frames is not None and any(m.shape[1] != frames for m in tensors.values()):
+            raise ValueError(f"not all tensors have {frames} frames")
+        blocks = {MotionEmbeddings.block(key) for key in tensors}
+        grids = {block: about.get("grids", {}).get(block) for block in blocks}
+        grids = {block: grid and tuple(grid) for block, grid in grids.items()}
+        for key, m in tensors.items():
+            grid = grids[MotionEmbeddings.block(key)]
+            if grid and len(m) not in (1, math.prod(grid)):
+                raise ValueError(f"{key} has {len(m)} positions and the grid {grid}")
+        settings = {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
+        for name, end in (("use_mqk", "pos_embed"), ("use_mv", "vSpatial")):
+            settings.setdefault(name, any(key.endswith(end) for key in tensors))
+        return tensors, dict(frames=frames, grids=grids, source=dict(about.get("source", {})), settings=settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its settings cannot be read ({error}); train the motion again") from None
+
+
+def save_state(path, parts, generator, losses):
+    """Writes a training's state; returns path, or None after a line that says why there is none."""
+    saved = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        with atomic_write(path) as temporary:
+            torch.save(dict(saved, generator=generator.get_state(), losses=losses), temporary)
+    except (UserError, RuntimeError) as error:     # RuntimeError: torch's word for a disk that became full
+        tqdm.write("the training goes on, but an interruption will cost what it does from here: its state "
+                   f"cannot be kept ({one_line(error)})")
+        return None
+    return path
+
+
+def load_state(path, parts, generator):
+    """Puts a saved training into `parts`, in place; returns its losses. UserError: it cannot be used."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        if saved.keys() != {*parts, "generator", "losses"}:
+            raise ValueError("it is of another kind of training")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        generator.set_state(saved["generator"])
+        return saved["losses"]
+    except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
+        raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
+                        "delete it to start over") from None
+
+
+# =================================== PLUMBING: nothing below is about the method ==========================
+
+# ------------------------------------------------------------------------------------------------------------
+# Configuration files of published checkpoints
+# ------------------------------------------------------------------------------------------------------------
+def read_config(kind, config, fields, implemented=None):
+    """The settings of one model as a namespace: the reference library's defaults, overridden by `config`.
+
+    kind         what the config describes, for messages
+    config       dict, as `json.load` gives it; `_*` and INERT_FIELDS are skipped
+    fields       dict, field -> default of diffusers or transformers
+    implemented  dict, field -> the values that this file implements; any other value is a UserError
+    """
+    settings = {**fields, **{k: v for k, v in config.items() if k in fields}}
+    for field, allowed in (implemented or {}).items():
+        value = settings[field]
+        if any(v not in allowed for v in (value if isinstance(value, (list, tuple)) else [value])):
+            raise UserError(f"{kind} config: {field} = {value} is not implemented; it takes {allowed}")
+    return SimpleNamespace(**settings)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1259,223 +1490,6 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
         load_module(AutoencoderKL, folder / "vae", "diffusion_pytorch_model", device, torch.float32),
         load_module(UNet3DConditionModel, folder / "unet", "diffusion_pytorch_model", device, dtype),
         DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json")))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# In and out of the latent space
-# ------------------------------------------------------------------------------------------------------------
-
-CHUNK = 16                                      # frames that the autoencoder takes at once; bounds the memory
-
-
-@torch.no_grad()
-def encode_prompt(models, prompts):
-    """list of B strings -> (B,L,D)"""
-    return models.text_encoder(models.tokenizer(prompts).to(models.device))
-
-
-@torch.no_grad()
-def encode_video(models, video, generator=None):
-    """video (B,3,F,h,w) in [-1,1] -> scaled latents (B,C,F,H,W): mean, or sample with a (CPU) generator."""
-    frames = video.transpose(1, 2).flatten(0, 1).to(models.device, torch.float32)        # (B*F, 3, h, w)
-    mean, logvar = (torch.cat(part) for part in zip(*map(models.vae.encode, frames.split(CHUNK))))
-    if generator is not None:
-        mean = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
-    return mean.unflatten(0, (len(video), -1)).transpose(1, 2) * models.vae.scaling_factor
-
-
-@torch.no_grad()
-def decode_video(models, latents):
-    """scaled latents (B,C,F,H,W) -> (B,3,F,h,w) in [-1,1]"""
-    frames = (latents.float() / models.vae.scaling_factor).transpose(1, 2).flatten(0, 1)
-    video = torch.cat([models.vae.decode(z) for z in frames.split(CHUNK)])
-    return video.unflatten(0, (len(latents), -1)).transpose(1, 2).clamp(-1, 1)
-
-
-def to_model_range(frames):
-    """(F,h,w,3) uint8 -> (1,3,F,h,w) in [-1,1]"""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-
-
-def to_uint8(video):
-    """(3,F,h,w) in [-1,1] -> (F,h,w,3) uint8 numpy array"""
-    return ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
-def predict(models, x, t, text, motion=None):
-    """The UNet's answer in float32, whatever the format of its weights."""
-    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Training: one clip's motion into the embeddings (Eq. 4)
-# ------------------------------------------------------------------------------------------------------------
-
-def motion_loss(kind, prediction, target, anchors):
-    """The loss of each sample, (B,), from prediction and target (B,C,F,H,W) and one anchor frame each (B,).
-
-    mse       || eps - eps_theta ||^2, averaged; v for eps if the model predicts v, as data/tiny does  (Eq. 4)
-    debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
-              frame has in common with the anchor counts less (MotionDirector, arXiv 2310.08465, without its
-              LoRA terms)
-    """
-    def mse(a, b):
-        """(B,C,F,H,W) twice -> (B,)"""
-        return (a - b).square().mean(dim=(1, 2, 3, 4))
-
-    if kind == "mse":
-        return mse(prediction, target)
-    if kind == "debiased":
-        samples, alpha = torch.arange(len(anchors)), math.sqrt(2)
-        apart = [alpha * x - x[samples, :, anchors][:, :, None] for x in (prediction, target)]
-        return mse(prediction, target) + mse(*apart)
-    raise UserError(f"loss = {kind!r} is not known; it takes mse or debiased")
-
-
-def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, loss="mse", state=None,
-                 state_every=25, snapshots=(), on_snapshot=None, checkpointing=False, progress=True,
-                 **settings):
-    """Learns the motion of M clips: latents (M,C,F,H,W), text (M,L,D) -> MotionEmbeddings, in eval mode.
-
-    M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
-
-    AdamW, constant learning rate; the defaults are the paper's, MODEL_DEFAULTS has those of data/tiny. Every
-    step sees each clip at `batch` noise levels. The loss is the mean per clip, summed over clips, and every
-    clip draws from a generator of its own: together equals alone. The result has `losses` (steps, M).
-
-    state        file that keeps the training every `state_every` steps; an interrupted call goes on from it
-    snapshots    steps after which on_snapshot(step, motion) is called, motion in eval mode
-    settings     of MotionEmbeddings: use_mqk, use_mv, levels, ...
-
-    The authors train in fp16 with dropout active; here the UNet stays in eval mode, so there is no dropout.
-    """
-    clips, _, frames, height, width = latents.shape
-    motion = MotionEmbeddings(models.unet.config, frames, height, width, clips=clips, **settings)
-    motion.to(models.device)
-    optimizer = torch.optim.AdamW(motion.parameters(), lr=lr)
-    # Gradients of float16 activations would vanish below 6e-8: the scaler multiplies the loss and divides the
-    # gradients.
-    scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
-    # Equal seeds, so that a clip draws the same as it would alone.
-    generators = [torch.Generator().manual_seed(seed) for _ in range(clips)]
-    losses = []
-    if state and Path(state).exists():
-        losses = _load_state(state, motion, optimizer, scaler, generators)
-        past = [s for s in snapshots if s <= len(losses)]
-        if past:
-            print(f"the training goes on from step {len(losses)}: no snapshot is made of {past}")
-        if len(losses) > steps:
-            raise UserError(f"an earlier training got {len(losses)} steps far, more than the {steps} asked "
-                            f"for: ask for as many, or delete {state} to start over")
-
-    # Sample i of a batch belongs to clip i % M, hence the order: all clips, then all clips again, ...
-    x_0, text = latents.repeat(batch, 1, 1, 1, 1), text.repeat(batch, 1, 1)
-    motion.train()
-    models.unet.checkpointing = checkpointing
-    bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
-               disable=not progress)
-    for step in bar:
-        # Anchors are drawn for both losses, so that they see the same t and the same noise.
-        t, noise, anchors = [], [], []
-        for generator in generators * batch:
-            t.append(torch.randint(models.scheduler.T, (), generator=generator))
-            noise.append(torch.randn(latents.shape[1:], generator=generator))
-            anchors.append(torch.randint(frames, (), generator=generator))
-        t, noise, anchors = torch.stack(t), torch.stack(noise).to(latents), torch.stack(anchors)
-
-        x_t = models.scheduler.add_noise(x_0, noise, t)
-        prediction = predict(models, x_t, t.to(models.device), text, motion)
-        target = models.scheduler.target(x_0, noise, t)
-        per_clip = motion_loss(loss, prediction, target, anchors).view(batch, clips).mean(0)
-        if not per_clip.isfinite().all():
-            raise UserError(f"the loss is not finite at step {step + 1}: "
-                            f"lower --lr (now {lr}) or use --dtype float32")
-
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(per_clip.sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-        losses.append(per_clip.tolist())
-        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}")
-        if state and ((step + 1) % state_every == 0 or step + 1 == steps):
-            _save_state(state, motion, optimizer, scaler, generators, losses)
-        if step + 1 in snapshots:
-            on_snapshot(step + 1, motion.eval())
-            motion.train()
-    models.unet.checkpointing = False
-    motion.losses = torch.tensor(losses)
-    return motion.eval()
-
-
-def _save_state(path, motion, optimizer, scaler, generators, losses):
-    with atomic_write(path) as temporary:
-        torch.save(dict(motion=motion.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(), generators=[g.get_state() for g in generators],
-                        losses=losses), temporary)
-
-
-def _load_state(path, motion, optimizer, scaler, generators):
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        motion.load_state_dict(state["motion"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        for generator, saved in zip(generators, state["generators"], strict=True):
-            generator.set_state(saved)
-        return state["losses"]
-    except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
-        raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
-                        "delete it to start over") from None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sampling: new clips with that motion
-# ------------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def ddim_invert(models, latents, text, steps=50, progress=True):
-    """The noise (B,C,F,H,W) from which as many sampling steps nearly give `latents` back: DDIM backwards.
-
-    From the lowest timestep up, eps is taken from x of the level below; text is (B,L,D), usually of the empty
-    prompt.
-    """
-    scheduler, x = models.scheduler, latents
-    below = 0                                        # the clean latents count as level 0: alphas_cumprod[0]
-    for t in tqdm(scheduler.timesteps(steps).flip(0), "inverting", unit="step", disable=not progress):
-        eps = scheduler.epsilon(predict(models, x, t, text), t, x)
-        x = scheduler.move(x, eps, scheduler.abar(below, x), scheduler.abar(t, x))
-        below = t
-    return x
-
-
-def blend_noise(inverted, fresh, prior):
-    """Start noise: sqrt(prior) * inverted reference + sqrt(1 - prior) * fresh noise; the authors take 0.5.
-
-    The weights keep the variance at 1 if both have it. The inverted part brings the rough layout of the
-    reference's motion along, which is why eval_mi.py always compares with this noise and no embeddings.
-    """
-    return math.sqrt(prior) * inverted + math.sqrt(1 - prior) * fresh
-
-
-@torch.no_grad()
-def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, progress=True):
-    """noise (B,C,F,H,W), text, negative (B,L,D) -> latents (B,C,F,H,W): DDIM, classifier-free guidance.
-
-    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings act on both
-    halves; guidance <= 1 runs the prompt alone.
-    """
-    scheduler, x, guided = models.scheduler, noise, guidance > 1
-    texts = torch.cat([negative, text]) if guided else text
-    for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
-        out = predict(models, torch.cat([x, x]) if guided else x, t, texts, motion)
-        if guided:
-            unconditional, conditional = out.chunk(2)
-            out = unconditional + guidance * (conditional - unconditional)
-        x = scheduler.step(out, t, x, steps)
-    if not x.isfinite().all():
-        raise UserError("sampling gave values that are not finite: use --dtype float32 or bfloat16")
-    return x
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2086,7 +2100,7 @@ class Config:
     lr: float = option(None, "learning rate")
     batch: int = option(None, "noise levels in every training step")
     loss: str = option("mse", "training loss; debiased: MotionDirector's, unrelated to --debias",
-                       choices=("mse", "debiased"))
+                       choices=("mse", "debiased", "hybrid"))
     snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100: "
                                   "early ones often leak less of the reference's looks")
     checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
@@ -2299,16 +2313,17 @@ def learn(config, models, latents, out, settings):
 
     def keep(step, motion):
         """A snapshot, as a motion file of its own."""
-        motion.source = source
-        motion.save(out / f"motion-step{step}.safetensors")
+        if step in config.snapshots:
+            motion.source = source
+            motion.save(out / f"motion-step{step}.safetensors")
 
     motion = train_motion(models, latents, text, steps=config.steps, lr=config.lr, batch=config.batch,
-                          seed=config.seed, loss=config.loss, state=state, snapshots=config.snapshots,
-                          on_snapshot=keep, checkpointing=config.checkpointing, **settings)
+                          seed=config.seed, loss=config.loss, state=state, on_step=keep,
+                          checkpointing=config.checkpointing, **settings)
     motion.source = source
     motion.save(out / "motion.safetensors")
     with atomic_write(out / "loss.png") as temporary:
-        loss_curve(motion.losses[:, 0].tolist()).save(temporary)
+        loss_curve(motion.losses.tolist()).save(temporary)
     return motion, state
 
 
@@ -2369,7 +2384,7 @@ def run(config):
         raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
     models.scheduler.timesteps(config.sample_steps)          # raises if the schedule has not so many steps
-    motion.check_fits(models.unet.temporal_widths)
+    motion.check_fits(models.unet)
     lap("load")
 
     if reference is not None:
@@ -2379,7 +2394,7 @@ def run(config):
         motion = motion.to(models.device)
     else:
         motion, state = learn(config, models, latents, out, settings)
-        losses = motion.losses[:, 0].tolist()
+        losses = motion.losses.tolist()
         lap("train")
     motion.use_mv &= config.motion_type == "object"
 

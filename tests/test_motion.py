@@ -94,7 +94,7 @@ def make(frames=4, height=4, width=4, config=UNET, **settings):
 # Eq. 3
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("settings", [{}, dict(mqk_dims=2, mv_dims=1), dict(use_mv=False), dict(clips=2)])
+@pytest.mark.parametrize("settings", [{}, dict(mqk_dims=2, mv_dims=1), dict(use_mv=False)])
 def test_zero_embeddings_are_the_plain_unet_bit_for_bit(unet, settings, training):
     """Training starts from the model as it is."""
     x, t, text = inputs(batch=2)
@@ -110,19 +110,19 @@ def test_one_block_by_hand():
     block = randomise(mini_mi.TemporalTransformerBlock(channels, heads, 8))
     block.name = BLOCK
     motion = make(frames, height, width).train()
-    x = torch.randn(2 * height * width, frames, channels)
+    x = torch.randn(2, height * width, frames, channels)
 
     def attention(layer, h, m_qk, m_v):
-        split = [f(y).view(*h.shape[:2], heads, 8).transpose(1, 2)
+        split = [f(y).view(*h.shape[:3], heads, 8).transpose(2, 3)
                  for f, y in ((layer.to_q, h + m_qk), (layer.to_k, h + m_qk), (layer.to_v, h + m_v))]
         q, k, v = split
-        return layer.to_out[0](((q @ k.mT / 8 ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return layer.to_out[0](((q @ k.mT / 8 ** 0.5).softmax(-1) @ v).transpose(2, 3).flatten(3))
 
     state = motion.state_dict()
     m_qk = state[f"{BLOCK}.pos_embed"]
     h = x
     for n in (1, 2):
-        m_v = state[f"{BLOCK}.attn{n}.vSpatial"].repeat(2, 1, 1)  # two samples, each of H*W positions
+        m_v = state[f"{BLOCK}.attn{n}.vSpatial"]
         norm, layer = getattr(block, f"norm{n}"), getattr(block, f"attn{n}")
         h = h + attention(layer, norm(h), m_qk, m_v)
     h = h + block.ff(block.norm3(h))
@@ -134,9 +134,9 @@ def test_mqk_is_shared_and_mv_is_not(unet):
     """One MQK per block serves attn1 and attn2; each attention has its own MV."""
     motion = make()
     for part in ("attn1", "attn2"):
-        m_qk, m_v = motion.at(BLOCK, part, 4, (4, 4))
-        assert torch.equal(m_qk[0], motion.state_dict()[f"{BLOCK}.pos_embed"])
-        assert torch.equal(m_v[0], mini_mi.debias(motion.state_dict()[f"{BLOCK}.{part}.vSpatial"], "diff"))
+        m_qk, m_v = motion.for_attention(BLOCK, part, 4, (4, 4))
+        assert torch.equal(m_qk, motion.state_dict()[f"{BLOCK}.pos_embed"])
+        assert torch.equal(m_v, mini_mi.debias(motion.state_dict()[f"{BLOCK}.{part}.vSpatial"], "diff"))
     keys = [key.removeprefix(f"{BLOCK}.") for key in motion.state_dict() if key.startswith(BLOCK)]
     assert sorted(keys) == ["attn1.vSpatial", "attn2.vSpatial", "pos_embed"]
     # With the output of one attention silenced, MQK still acts through the other.
@@ -182,9 +182,9 @@ def test_debias_is_for_inference_unless_it_is_wanted_in_training(mode):
     for training, in_training in ((True, False), (True, True), (False, False), (False, True)):
         motion.train(training)
         motion.debias_in_training = in_training
-        m_qk, m_v = motion.at(BLOCK, "attn1", 4, (4, 4))
-        assert torch.equal(m_v[0], raw if training and not in_training else mini_mi.debias(raw, mode))
-        assert torch.equal(m_qk[0], motion.state_dict()[f"{BLOCK}.pos_embed"])
+        m_qk, m_v = motion.for_attention(BLOCK, "attn1", 4, (4, 4))
+        assert torch.equal(m_v, raw if training and not in_training else mini_mi.debias(raw, mode))
+        assert torch.equal(m_qk, motion.state_dict()[f"{BLOCK}.pos_embed"])
 
 
 # Parts, shapes, levels
@@ -259,8 +259,8 @@ def test_round_trip_with_settings(unet, tmp_path):
     motion.save(path)
     again = mini_mi.MotionEmbeddings.load(path)
     assert not again.training and again.source == motion.source
-    assert {k: getattr(again, k) for k in ("frames", "grids", "clips", *motion.SETTINGS)} == {
-        k: getattr(motion, k) for k in ("frames", "grids", "clips", *motion.SETTINGS)}
+    assert {k: getattr(again, k) for k in ("frames", "grids", *motion.SETTINGS)} == {
+        k: getattr(motion, k) for k in ("frames", "grids", *motion.SETTINGS)}
     with safetensors.safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["mini_mi"])
         assert sorted(file.keys()) == sorted(motion.state_dict())
@@ -290,12 +290,12 @@ def test_the_authors_file(unet, tmp_path):
     x, t, text = inputs(frames=6)
     assert torch.equal(unet(x, t, text, again), unet(x, t, text, motion))
     for frames in (1, 3, 5):  # a shorter clip: cut, where our own files are interpolated
-        raw = again.train().at(BLOCK, "attn1", frames, (4, 4))[1][0]
+        raw = again.train().for_attention(BLOCK, "attn1", frames, (4, 4))[1]
         assert torch.equal(raw, motion.state_dict()[f"{BLOCK}.attn1.vSpatial"][:, :frames])
     again.eval().save(tmp_path / "ours.safetensors")
     third = mini_mi.MotionEmbeddings.load(tmp_path / "ours.safetensors")
     assert torch.equal(unet(x, t, text, third), unet(x, t, text, motion))
-    assert again.at(BLOCK, "attn1", 40, (4, 4))[1].shape == (1, 16, 40, 32)
+    assert again.for_attention(BLOCK, "attn1", 40, (4, 4))[1].shape == (16, 40, 32)
 
 
 @pytest.mark.parametrize("drop, mqk, mv", [(["pos_embed"], False, True), (["vSpatial"], True, False)])
@@ -320,7 +320,7 @@ def test_the_authors_file_does_not_know_its_grid(unet, tmp_path):
 def test_files_that_are_no_motion_are_refused(unet, tmp_path):
     """NaN, other tensors, damaged settings, a motion of another model."""
     motion = make()
-    motion.get_parameter(f"{BLOCK}.attn2.vSpatial").data[3, 2, 1] = float("nan")
+    motion[f"{BLOCK}.attn2.vSpatial"].data[3, 2, 1] = float("nan")
     motion.save(tmp_path / "nan.safetensors")
     mini_mi.save_safetensors(tmp_path / "other.safetensors", {"conv.weight": torch.zeros(1, 2, 3)})
     mini_mi.save_safetensors(tmp_path / "flat.safetensors", {f"{BLOCK}.pos_embed": torch.zeros(4, 32)})
@@ -356,7 +356,7 @@ def test_switches_act_after_loading(unet, tmp_path):
     assert all(relative(a, b) > 1e-3 for i, a in enumerate(values) for b in values[:i])
     only = make()
     for key in [k for k in only.state_dict() if "vSpatial" in k]:
-        only.get_parameter(key).data.zero_()
+        only[key].data.zero_()
     assert torch.equal(outs["no_mv"], unet(x, t, text, only))
 
 
@@ -366,8 +366,8 @@ def test_interpolation_is_the_identity_at_its_own_size():
     """Not even rounding."""
     motion = make(4, 4, 5).train()
     for part in ("attn1", "attn2"):
-        m_v = motion.at(BLOCK, part, 4, (4, 5))[1]
-        assert torch.equal(m_v[0], motion.state_dict()[f"{BLOCK}.{part}.vSpatial"])
+        m_v = motion.for_attention(BLOCK, part, 4, (4, 5))[1]
+        assert torch.equal(m_v, motion.state_dict()[f"{BLOCK}.{part}.vSpatial"])
 
 
 @pytest.mark.parametrize("frames, grid", [(16, (4, 6)), (8, (8, 12)), (4, (4, 6)), (8, (2, 3)), (16, (7, 9))])
@@ -380,9 +380,9 @@ def test_linear_functions_are_interpolated_exactly(frames, grid):
         values = 3 * t[None, None, :] - 2 * y[:, None, None] + x[None, :, None]
         return values.flatten(0, 1)[..., None] * torch.arange(1, 33)  # (H*W, F, C)
 
-    motion.get_parameter(f"{BLOCK}.attn1.vSpatial").data.copy_(ramp(8, 4, 6))
-    motion.get_parameter(f"{BLOCK}.pos_embed").data.copy_(ramp(8, 1, 1))
-    m_qk, m_v = motion.at(BLOCK, "attn1", frames, grid)
+    motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(ramp(8, 4, 6))
+    motion[f"{BLOCK}.pos_embed"].data.copy_(ramp(8, 1, 1))
+    m_qk, m_v = motion.for_attention(BLOCK, "attn1", frames, grid)
     expected = ramp(frames, *grid)
     inside = [(torch.arange(n) + 0.5) / n for n in (*grid, frames)]
     y, x, t = ((c > 0.5 / n) & (c < 1 - 0.5 / n) | (n == len(c)) for c, n in zip(inside, (4, 6, 8)))
@@ -391,7 +391,7 @@ def test_linear_functions_are_interpolated_exactly(frames, grid):
     assert torch.allclose(m_v[0][place], expected[place], rtol=1e-5, atol=1e-4)
     assert torch.allclose(m_qk[0][0, t], ramp(frames, 1, 1)[0, t], rtol=1e-5, atol=1e-4)
     # Debias comes after, on the frames that are used.
-    debiased = motion.eval().at(BLOCK, "attn1", frames, grid)[1][0]
+    debiased = motion.eval().for_attention(BLOCK, "attn1", frames, grid)[1][0]
     assert torch.equal(debiased, mini_mi.debias(m_v[0], "diff"))
 
 
@@ -400,8 +400,8 @@ def test_bilinear_and_linear_by_hand():
     motion = mini_mi.MotionEmbeddings(UNET, 2, 1, 2).train()
     value = torch.zeros(2, 2, 32)
     value[0, :, 0], value[1, :, 0] = torch.tensor([0.0, 8.0]), torch.tensor([16.0, 24.0])
-    motion.get_parameter(f"{BLOCK}.attn1.vSpatial").data.copy_(value)
-    m_v = motion.at(BLOCK, "attn1", 4, (1, 4))[1][0, :, :, 0]
+    motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(value)
+    m_v = motion.for_attention(BLOCK, "attn1", 4, (1, 4))[1][0, :, :, 0]
     assert m_v.tolist() == [[0, 2, 6, 8], [4, 6, 10, 12], [12, 14, 18, 20], [16, 18, 22, 24]]
 
 
@@ -416,53 +416,7 @@ def test_the_unet_takes_other_sizes(unet, tmp_path, frames, height, width):
     assert frames == 1 or relative(out, unet(x, t, text)) > 1e-3
 
 
-# Several clips at once
-
-def test_two_clips_together_get_the_gradients_of_each_alone(unet):
-    """Sample i of the batch uses clip i % M, so a batch of four holds each clip twice."""
-    x, t, text = inputs(batch=4)
-    both = make(clips=2).train()
-    target = torch.randn_like(x)
-    (unet(x, t, text, both) - target).square().mean((1, 2, 3, 4)).sum().backward()
-    for i in range(2):
-        one = both.clip(i).train()
-        assert one.clips == 1 and one.grids == both.grids
-        rows = slice(i, None, 2)
-        out = unet(x[rows], t[rows], text[rows], one)
-        assert relative(out, unet(x, t, text, both)[rows]) < 1e-5
-        (out - target[rows]).square().mean((1, 2, 3, 4)).sum().backward()
-        for (key, a), (_, b) in zip(both.named_parameters(), one.named_parameters()):
-            assert relative(a.grad[i], b.grad) < 1e-4, key
-            assert b.grad.norm() > 0
-
-
-@pytest.mark.parametrize("loss", ["mse", "debiased"])
-def test_two_clips_trained_together_equal_each_alone(models, loss):
-    """Noise, timesteps and anchors come from one generator per clip."""
-    torch.manual_seed(0)
-    latents, text = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 5, 32)
-    arguments = dict(steps=4, lr=0.02, seed=5, loss=loss, progress=False)
-    both = mini_mi.train_motion(models, latents, text, **arguments)
-    assert both.losses.shape == (4, 2) and both.clips == 2
-    for i in range(2):
-        one = mini_mi.train_motion(models, latents[i:i + 1], text[i:i + 1], **arguments)
-        assert relative(both.losses[:, i], one.losses[:, 0]) < 1e-4
-        for key, value in one.state_dict().items():
-            assert relative(both.clip(i).state_dict()[key], value) < 1e-4, key
-
-
-def test_batches_that_clips_do_not_divide_are_refused(unet, tmp_path):
-    """Three samples cannot be shared by two clips; a file holds one clip."""
-    x, t, text = inputs(batch=3)
-    with pytest.raises(mini_mi.UserError, match="batch of 3"):
-        unet(x, t, text, make(clips=2))
-    with pytest.raises(mini_mi.UserError, match="one clip"):
-        make(clips=2).save(tmp_path / "m.safetensors")
-    assert not list(tmp_path.iterdir())
-    make(clips=2).clip(1).save(tmp_path / "m.safetensors")
-    again, key = mini_mi.MotionEmbeddings.load(tmp_path / "m.safetensors").state_dict(), f"{BLOCK}.pos_embed"
-    assert torch.equal(again[key], make(clips=2).state_dict()[key][1])
-
+# In the UNet
 
 def test_one_clip_serves_a_whole_batch(unet):
     """Both halves of a guidance batch, and every prompt, get the same embeddings."""

@@ -120,23 +120,6 @@ def test_unet_equals_diffusers(levels, layers, head_dim, groups, batch, frames, 
         assert relative(ours(x[-1:], int(each[-1]), text[-1:]), there[-1:]) < CLOSE
 
 
-@pytest.mark.parametrize("shape, width",
-                         [((3, 5, 64), 256), ((2, 1, 320), 320), ((7, 64), 255), ((1, 300), 8)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_equals_torch(shape, width, bias):
-    """Wide layers, computed as convolutions, and narrow ones; values and gradients; rows in any order."""
-    torch.manual_seed(0)
-    ours, reference = mini_mi.Linear(shape[-1], width, bias), torch.nn.Linear(shape[-1], width, bias)
-    reference.load_state_dict(ours.state_dict())
-    for x in (torch.randn(shape), torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))):
-        results = []
-        for layer in (ours, reference):
-            leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(True)
-            y = layer(leaf)
-            results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
-        assert all(a.shape == b.shape and relative(a, b) < CLOSE for a, b in zip(*results, strict=True))
-
-
 def test_unet_takes_latents_in_any_order_in_memory(models):
     """Those of encode_video lie channels last: the same answer, in the same order."""
     x = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -269,13 +252,11 @@ def test_values_that_are_not_implemented_are_refused(kind, field, value):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unknown_fields_are_refused_and_inert_ones_are_not(kind):
-    """A field that nobody knows may change the computation."""
+def test_fields_that_nobody_knows_are_ignored(kind):
+    """What adds weights is caught by the strict load."""
     build, config = KINDS[kind]
     with torch.device("meta"):
-        build({**config, "_anything": 1, "transformers_version": "4.30", "sample_size": 64})
-        with pytest.raises(mini_mi.UserError, match="use_magic"):
-            build({**config, "use_magic": True})
+        build({**config, "_anything": 1, "transformers_version": "4.30", "sample_size": 64, "use_magic": True})
 
 
 def test_a_pipeline_saved_by_diffusers_loads(tmp_path, tiny_random):
