@@ -54,7 +54,7 @@ def build(config, device, dtype):
 def add_by_hooks(unet, motion):
     """One parameter per temporal norm that has an embedding in `motion`, added to the norm's output."""
     parameters = []
-    for name in motion.blocks:
+    for name in motion.grids:
         block = unet.get_submodule(name)
         for norm in (block.norm1, block.norm2):
             m = torch.zeros_like(norm.weight).repeat(motion.frames, 1).requires_grad_(True)

@@ -1,5 +1,6 @@
 """The paper's part: motion embeddings, held against the authors' code, by hand and by promise."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from conftest import UNET, randomise, relative
+from conftest import ROOT, UNET, randomise, relative
 
 import mini_mi
 
@@ -218,15 +219,43 @@ def test_nothing_to_train_is_refused():
         mini_mi.MotionEmbeddings(UNET, 4, 4, 4, use_mqk=False, use_mv=False)
 
 
+def test_a_mapping_with_the_authors_keys():
+    """What torch does with parameters works with keys that have dots; other embeddings are refused."""
+    motion, other = make(), mini_mi.MotionEmbeddings(UNET, 4, 4, 4)
+    assert [name for name, _ in motion.named_parameters()] == list(motion.state_dict())
+    other.load_state_dict(motion.state_dict())
+    assert all(torch.equal(other[key], value) for key, value in copy.deepcopy(motion).state_dict().items())
+    assert {p.dtype for p in other.to(torch.float64).parameters()} == {torch.float64}
+    for config in (dict(use_mv=False), dict(mv_dims=1), dict(mqk_dims=2)):
+        with pytest.raises((mini_mi.UserError, RuntimeError)):
+            other.load_state_dict(make(**config).state_dict())
+
+
+def test_the_paper_comes_first():
+    """A reader meets the whole method before any part of the frozen model or of the plumbing."""
+    lines = (ROOT / "mini_mi.py").read_text(encoding="utf-8").split("\n")
+    banner = {name: next(n for n, line in enumerate(lines, 1) if line.startswith(f"#   {name}: "))
+              for name in ("THE PAPER", "LEARN IT", "USE IT", "THE FROZEN MODEL")}
+    assert list(banner.values()) == sorted(banner.values())
+    assert banner["LEARN IT"] < 250 and banner["THE FROZEN MODEL"] < 450
+    cut = [n for n, line in enumerate(lines, 1) if line.strip("# =").startswith("PLUMBING: nothing below")]
+    assert len(cut) == 1 and cut[0] > banner["THE FROZEN MODEL"]
+    before = [line for line in lines[:banner["THE PAPER"]] if line.startswith(("class ", "def "))]
+    assert before == ["class UserError(ValueError):"]
+    paper = "\n".join(lines[banner["THE PAPER"]:banner["LEARN IT"]])
+    for words in ("def debias(", "class TemporalTransformerBlock(", "class MotionEmbeddings(", "h + m_qk",
+                  "h + m_v", "(Eq. 3)", "(Eq. 5)"):
+        assert words in paper
+
+
 def test_levels():
     """Default: the deepest level with attention, on the way down and up; grids of odd sizes round up."""
-    zeroscope = mini_mi.motion_sites({})
-    assert [name.rsplit(".transformer_blocks")[0] for name, _, _ in zeroscope] == [
-        "down_blocks.2.temp_attentions.0", "down_blocks.2.temp_attentions.1", "up_blocks.1.temp_attentions.0",
-        "up_blocks.1.temp_attentions.1", "up_blocks.1.temp_attentions.2"]
-    assert {width for _, width, _ in zeroscope} == {1280}
     with torch.device("meta"):
         motion = mini_mi.MotionEmbeddings({}, 24, 40, 72)
+    assert [name.rsplit(".transformer_blocks")[0] for name in motion.grids] == [
+        "down_blocks.2.temp_attentions.0", "down_blocks.2.temp_attentions.1", "up_blocks.1.temp_attentions.0",
+        "up_blocks.1.temp_attentions.1", "up_blocks.1.temp_attentions.2"]
+    assert set(motion.grids.values()) == {(10, 18)}
     assert motion.state_dict()["up_blocks.1.temp_attentions.2.transformer_blocks.0.attn1.vSpatial"].shape == (
         180, 24, 1280)
     motion = mini_mi.MotionEmbeddings(BOTH, 3, 5, 7, levels=[0, 1])
@@ -241,7 +270,7 @@ def test_levels():
         plain = both(x, t, text)
         for levels in ([0], [1], [0, 1], None):
             assert relative(both(x, t, text, make(3, 5, 7, BOTH, levels=levels)), plain) > 1e-3
-    assert [level for *_, level in mini_mi.motion_sites(BOTH)] == [1, 1, 1]
+    assert make(3, 4, 4, BOTH).grids == {name: (2, 2) for name in both.motion_sites[1]}
     for levels in ([2], [-1], [], [0, 5]):
         with pytest.raises(mini_mi.UserError, match="levels"):
             mini_mi.MotionEmbeddings(BOTH, 3, 4, 4, levels=levels)
@@ -372,37 +401,47 @@ def test_interpolation_is_the_identity_at_its_own_size():
 
 @pytest.mark.parametrize("frames, grid", [(16, (4, 6)), (8, (8, 12)), (4, (4, 6)), (8, (2, 3)), (16, (7, 9))])
 def test_linear_functions_are_interpolated_exactly(frames, grid):
-    """With align_corners=False, sample i of n lies at (i + 1/2) / n; inside, linear stays linear."""
+    """In time frame i of n lies at i / (n - 1), on the grid sample i at (i + 1/2) / n, whose border is flat."""
     motion = mini_mi.MotionEmbeddings(UNET, 8, 4, 6).train()
 
     def ramp(frames, height, width):
-        t, y, x = ((torch.arange(n) + 0.5) / n for n in (frames, height, width))
+        t = torch.linspace(0, 1, frames)
+        y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
         values = 3 * t[None, None, :] - 2 * y[:, None, None] + x[None, :, None]
         return values.flatten(0, 1)[..., None] * torch.arange(1, 33)  # (H*W, F, C)
 
     motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(ramp(8, 4, 6))
     motion[f"{BLOCK}.pos_embed"].data.copy_(ramp(8, 1, 1))
     m_qk, m_v = motion.for_attention(BLOCK, "attn1", frames, grid)
-    expected = ramp(frames, *grid)
-    inside = [(torch.arange(n) + 0.5) / n for n in (*grid, frames)]
-    y, x, t = ((c > 0.5 / n) & (c < 1 - 0.5 / n) | (n == len(c)) for c, n in zip(inside, (4, 6, 8)))
-    place = (y[:, None, None] & x[None, :, None] & t[None, None, :]).flatten(0, 1)
-    assert place.sum() >= frames // 2
-    assert torch.allclose(m_v[0][place], expected[place], rtol=1e-5, atol=1e-4)
-    assert torch.allclose(m_qk[0][0, t], ramp(frames, 1, 1)[0, t], rtol=1e-5, atol=1e-4)
+    y, x = ((c > 0.5 / n) & (c < 1 - 0.5 / n) | (n == len(c))
+            for c, n in zip([(torch.arange(n) + 0.5) / n for n in grid], (4, 6)))
+    inside = (y[:, None] & x[None, :]).flatten()
+    assert inside.any()
+    assert torch.allclose(m_v[inside], ramp(frames, *grid)[inside], rtol=1e-5, atol=1e-4)
+    assert torch.allclose(m_qk, ramp(frames, 1, 1), rtol=1e-5, atol=1e-4)
     # Debias comes after, on the frames that are used.
-    debiased = motion.eval().for_attention(BLOCK, "attn1", frames, grid)[1][0]
-    assert torch.equal(debiased, mini_mi.debias(m_v[0], "diff"))
+    debiased = motion.eval().for_attention(BLOCK, "attn1", frames, grid)[1]
+    assert torch.equal(debiased, mini_mi.debias(m_v, "diff"))
+
+
+@pytest.mark.parametrize("frames", [3, 5, 9, 24, 40])
+def test_a_ramp_stays_a_ramp(frames):
+    """Stretched or squeezed, first and last frame stay, and every change from frame to frame is the same."""
+    motion = mini_mi.MotionEmbeddings(UNET, 9, 2, 2).eval()
+    motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(torch.linspace(-1, 3, 9)[None, :, None].expand(4, 9, 32))
+    m_v = motion.for_attention(BLOCK, "attn1", frames, (2, 2))[1]
+    assert torch.allclose(m_v[:, 0], torch.tensor(-1.0)) and torch.allclose(m_v.sum(1), torch.tensor(3.0))
+    assert torch.allclose(m_v[:, 1:], torch.tensor(4 / (frames - 1)), atol=1e-5)
 
 
 def test_bilinear_and_linear_by_hand():
-    """One channel: 2 frames to 4, and a 1x2 grid to 1x4: neighbours mix 3:1."""
+    """One channel: 2 frames to 5, ends on ends; a 1x2 grid to 1x4, neighbours mix 3:1."""
     motion = mini_mi.MotionEmbeddings(UNET, 2, 1, 2).train()
     value = torch.zeros(2, 2, 32)
     value[0, :, 0], value[1, :, 0] = torch.tensor([0.0, 8.0]), torch.tensor([16.0, 24.0])
     motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(value)
-    m_v = motion.for_attention(BLOCK, "attn1", 4, (1, 4))[1][0, :, :, 0]
-    assert m_v.tolist() == [[0, 2, 6, 8], [4, 6, 10, 12], [12, 14, 18, 20], [16, 18, 22, 24]]
+    m_v = motion.for_attention(BLOCK, "attn1", 5, (1, 4))[1][:, :, 0]
+    assert m_v.tolist() == [[0, 2, 4, 6, 8], [4, 6, 8, 10, 12], [12, 14, 16, 18, 20], [16, 18, 20, 22, 24]]
 
 
 @pytest.mark.parametrize("frames, height, width", [(7, 4, 4), (2, 4, 4), (4, 6, 3), (1, 5, 7)])

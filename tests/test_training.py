@@ -1,6 +1,8 @@
 """Training, inversion and sampling: what they promise, against formulas written out a second time."""
 
+import copy
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,7 +50,7 @@ def test_training_lowers_the_loss(models, clip):
         return (out - noise).square().mean().item()
 
     motion = mini_mi.train_motion(models, latents, text, steps=40, **ARGS)
-    assert not motion.training and motion.losses.shape == (40, 1)
+    assert not motion.training and motion.losses.shape == (40,)
     assert loss(motion.train()) < 0.93 * loss(None)  # random weights leave little to gain
     assert all(torch.equal(value, before[key]) for key, value in models.unet.state_dict().items())
     assert all(p.grad is None for p in models.unet.parameters())
@@ -63,7 +65,7 @@ def test_the_first_losses_by_hand(models, clip):
     noise = torch.randn(latents.shape[1:], generator=generator)[None]
     abar = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2, 0)[t]
     out = models.unet(abar.sqrt() * latents + (1 - abar).sqrt() * noise, t, text)
-    assert losses[0, 0].item() == pytest.approx((out - noise).square().mean().item(), rel=1e-4)
+    assert losses[0].item() == pytest.approx((out - noise).square().mean().item(), rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_result(models, clip):
@@ -79,27 +81,52 @@ def test_the_same_seed_gives_the_same_result(models, clip):
     assert all(not torch.equal(parameters(a)[key], value) for key, value in parameters(other).items())
 
 
-@pytest.mark.parametrize("clips, loss", [(1, "mse"), (2, "debiased")])
-def test_resumed_equals_uninterrupted(models, clip, tmp_path, clips, loss):
+@pytest.mark.parametrize("loss", ["mse", "debiased", "hybrid"])
+def test_resumed_equals_uninterrupted(models, clip, tmp_path, loss):
     """Stopped between two states, the training goes on from the earlier one as if nothing had happened."""
-    latents, text = (part.expand(clips, *part.shape[1:]) for part in clip)
-    latents = latents + torch.arange(clips).view(-1, 1, 1, 1, 1)
-    whole = mini_mi.train_motion(models, latents, text, steps=7, loss=loss, **ARGS)
+    latents, text = clip
+    whole = mini_mi.train_motion(models, latents, text, steps=7, loss=loss, batch=2, **ARGS)
     state = tmp_path / "state.pt"
 
     def stop(step, motion):
-        raise KeyboardInterrupt
+        if step == 5:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mini_mi.train_motion(models, latents, text, steps=7, loss=loss, state=state, state_every=2,
-                             snapshots=(5,),
-                             on_snapshot=stop, **ARGS)
+        mini_mi.train_motion(models, latents, text, steps=7, loss=loss, batch=2, state=state, state_every=2,
+                             on_step=stop, **ARGS)
     assert len(torch.load(state, weights_only=True)["losses"]) == 4 and os.listdir(tmp_path) == ["state.pt"]
     seen = []
-    again = mini_mi.train_motion(models, latents, text, steps=7, loss=loss, state=state, state_every=2,
-                                 snapshots=(3, 5), on_snapshot=lambda step, _: seen.append(step), **ARGS)
-    assert torch.equal(again.losses, whole.losses) and seen == [5]
+    again = mini_mi.train_motion(models, latents, text, steps=7, loss=loss, batch=2, state=state, state_every=2,
+                                 on_step=lambda step, _: seen.append(step), **ARGS)
+    assert torch.equal(again.losses, whole.losses) and seen == [5, 6, 7]
     assert_same(again, whole)
+
+
+def test_a_full_disk_does_not_end_the_training(models, clip, tmp_path, monkeypatch, capsys):
+    """Whether the system or torch says so: one line, the state that was there stays, the result is the same."""
+    latents, text = clip
+    whole = mini_mi.train_motion(models, latents, text, steps=4, **ARGS)
+    for number, error in enumerate([OSError(28, "No space left on device"),
+                                    RuntimeError("PytorchStreamWriter failed writing file data/1")]):
+        state = tmp_path / f"{number}.pt"
+        mini_mi.train_motion(models, latents, text, steps=1, state=state, **ARGS)
+        before, save, calls = state.read_bytes(), torch.save, []
+
+        def full(value, path):
+            calls.append(path)
+            save(value, path)
+            raise error
+
+        monkeypatch.setattr(torch, "save", full)
+        capsys.readouterr()
+        motion = mini_mi.train_motion(models, latents, text, steps=4, state=state, state_every=1, **ARGS)
+        monkeypatch.setattr(torch, "save", save)
+        told = capsys.readouterr().out.strip().split("\n")
+        assert len(told) == len(calls) == 1 and "goes on" in told[0]
+        assert state.read_bytes() == before
+        assert_same(motion, whole)
+    assert sorted(os.listdir(tmp_path)) == ["0.pt", "1.pt"]
 
 
 def test_a_state_that_does_not_belong_is_refused(models, clip, tmp_path):
@@ -119,8 +146,13 @@ def test_a_state_that_does_not_belong_is_refused(models, clip, tmp_path):
     good = path.read_bytes()
     with pytest.raises(mini_mi.UserError, match="state.pt"):
         train(use_mv=False)
+    for other in (dict(mv_dims=1), dict(loss="hybrid")):
+        with pytest.raises(mini_mi.UserError, match="state.pt"):
+            train(**other)
+    path.unlink()
+    train(loss="hybrid")
     with pytest.raises(mini_mi.UserError, match="state.pt"):
-        train(mv_dims=1)
+        train()
     for bad in (good[:len(good) // 2], b"", b"hello"):
         path.write_bytes(bad)
         with pytest.raises(mini_mi.UserError, match="delete it") as caught:
@@ -132,8 +164,8 @@ def test_a_state_that_does_not_belong_is_refused(models, clip, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_snapshots(models, clip):
-    """Each asked step once, in eval mode, with the embeddings of that step; training does not notice."""
+def test_every_step_is_shown(models, clip):
+    """Each step once, in eval mode, with the embeddings of that step; training does not notice."""
     latents, text = clip
     kept = {}
 
@@ -141,8 +173,8 @@ def test_snapshots(models, clip):
         assert not motion.training
         kept[step] = {key: value.clone() for key, value in parameters(motion).items()}
 
-    whole = mini_mi.train_motion(models, latents, text, steps=5, snapshots=(2, 4), on_snapshot=keep, **ARGS)
-    assert list(kept) == [2, 4]
+    whole = mini_mi.train_motion(models, latents, text, steps=5, on_step=keep, **ARGS)
+    assert list(kept) == [1, 2, 3, 4, 5]
     assert_same(whole, mini_mi.train_motion(models, latents, text, steps=5, **ARGS))
     short = parameters(mini_mi.train_motion(models, latents, text, steps=4, **ARGS))
     assert all(torch.equal(kept[4][key], short[key]) for key in short)
@@ -161,19 +193,102 @@ def test_a_loss_that_is_not_finite_stops_with_advice(models, clip, tmp_path, bad
 
 
 def test_losses_by_hand():
-    """A second way to write DESIGN's formulas, in numpy, clip by clip."""
+    """A second way to write DESIGN's formulas, in numpy, sample by sample."""
     torch.manual_seed(0)
     prediction, target = torch.randn(3, 4, 5, 2, 3), torch.randn(3, 4, 5, 2, 3)
-    anchors = torch.tensor([4, 0, 2])
-    mse, debiased = (mini_mi.motion_loss(kind, prediction, target, anchors) for kind in ("mse", "debiased"))
-    for i, r in enumerate(anchors.tolist()):
-        p, e = prediction[i].numpy().astype(np.float64), target[i].numpy().astype(np.float64)
-        plain = np.mean((p - e) ** 2)
-        apart = np.mean([(2 ** 0.5 * (p[:, f] - e[:, f]) - (p[:, r] - e[:, r])) ** 2 for f in range(5)])
-        assert mse[i].item() == pytest.approx(plain, rel=1e-5)
-        assert debiased[i].item() == pytest.approx(plain + apart, rel=1e-5)
-    with pytest.raises(mini_mi.UserError, match="mse or debiased"):
-        mini_mi.motion_loss("hinge", prediction, target, anchors)
+    for r in (4, 0, 2):
+        mse, debiased, hybrid = (mini_mi.motion_loss(kind, prediction, target, r)
+                                 for kind in ("mse", "debiased", "hybrid"))
+        d = prediction.numpy().astype(np.float64) - target.numpy().astype(np.float64)
+        apart = np.mean([(2 ** 0.5 * d[i, :, f] - d[i, :, r]) ** 2 for f in range(5) for i in range(3)])
+        assert mse.item() == pytest.approx(np.mean(d ** 2), rel=1e-5)
+        assert debiased.item() == hybrid.item() == pytest.approx(np.mean(d ** 2) + apart, rel=1e-5)
+    with pytest.raises(mini_mi.UserError, match="mse, debiased or hybrid"):
+        mini_mi.motion_loss("hinge", prediction, target, 0)
+
+
+# The hybrid loss
+
+def test_lora_by_hand(models, clip):
+    """Every linear layer of the spatial transformers, and no other, gives W x + b + B A x while it is on."""
+    latents, text = clip
+    unet = copy.deepcopy(models.unet)
+    lora = mini_mi.SpatialLoRA(unet, torch.Generator().manual_seed(0))
+    names = [name for name, module in unet.named_modules()
+             if isinstance(module, torch.nn.Linear) and re.search(r"\battentions\.", name)]
+    assert len(names) == len(lora.a) == len(lora.b) == 12 * 4             # 12 a transformer: proj, 8 of attention, 2
+    with torch.no_grad():
+        plain = unet(latents, 7, text)
+        lora.on = True
+        assert torch.equal(unet(latents, 7, text), plain)                                     # B starts at zero
+        for a, b in zip(lora.a, lora.b):
+            assert a.shape[0] == b.shape[1] == 32 and a.std().item() == pytest.approx(1 / 32, rel=0.2)
+            b += 0.3 * torch.randn(b.shape, generator=torch.Generator().manual_seed(1))
+        changed = unet(latents, 7, text)
+        lora.on = False
+        assert torch.equal(unet(latents, 7, text), plain)
+        lora.remove()
+        for name, a, b in zip(names, lora.a, lora.b):
+            unet.get_submodule(name).weight += b @ a
+        assert relative(changed, unet(latents, 7, text)) < 1e-5 < 1e-2 < relative(changed, plain)
+
+
+def test_the_hybrid_loss_leaves_the_unet_as_it_was(models, clip):
+    """After training, after an error, after an interruption: weights, hooks, switches."""
+    latents, text = clip
+    before = {key: value.clone() for key, value in models.unet.state_dict().items()}
+
+    def untouched():
+        assert not models.unet.checkpointing
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in models.unet.modules())
+        assert models.unet.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[key]) for key, value in models.unet.state_dict().items())
+        assert not any(p.requires_grad or p.grad is not None for p in models.unet.parameters())
+
+    def stop(step, motion):
+        raise KeyboardInterrupt
+
+    arguments = dict(steps=3, loss="hybrid", checkpointing=True, **ARGS)
+    plain = mini_mi.train_motion(models, latents, text, **{**arguments, "loss": "debiased"})
+    motion = mini_mi.train_motion(models, latents, text, **arguments)
+    untouched()
+    assert all(relative(value, motion[key]) > 1e-3 for key, value in parameters(plain).items())
+    with pytest.raises(KeyboardInterrupt):
+        mini_mi.train_motion(models, latents, text, on_step=stop, **arguments)
+    untouched()
+    with pytest.raises(mini_mi.UserError):
+        mini_mi.train_motion(models, latents * float("inf"), text, **arguments)
+    untouched()
+
+
+def test_the_lora_is_off_in_one_step_of_five(models, clip, monkeypatch):
+    """On, it learns from one frame before the clip's step; off, it does not learn and does not act."""
+    latents, text = clip
+    seen, lora = [], []
+    build, predict = mini_mi.SpatialLoRA.__init__, mini_mi.predict
+
+    def remember(self, *args):
+        lora.append(self)
+        build(self, *args)
+
+    def watch(models, x, t, text, motion=None):
+        seen.append((x.shape[2], motion is not None, lora[0].on, [p.clone() for p in lora[0].b]))
+        return predict(models, x, t, text, motion)
+
+    monkeypatch.setattr(mini_mi.SpatialLoRA, "__init__", remember)
+    monkeypatch.setattr(mini_mi, "predict", watch)
+    mini_mi.train_motion(models, latents, text, steps=100, loss="hybrid", **ARGS)
+    clips = [n for n, (frames, *_) in enumerate(seen) if frames == 4]
+    frames = [n for n, (frames, *_) in enumerate(seen) if frames == 1]
+    assert len(clips) == 100 and len(frames) + len(clips) == len(seen) and 65 <= len(frames) <= 93
+    assert all(n + 1 in clips and seen[n][2] and not seen[n][1] for n in frames)
+    for n in clips:
+        _, with_motion, on, b = seen[n]
+        assert with_motion and on == (n > 0 and n - 1 in frames)
+        if n + 1 < len(seen):                    # the clip's step never changes the LoRA, the frame's step does
+            assert all(torch.equal(x, y) for x, y in zip(b, seen[n + 1][3]))
+        if on:
+            assert not any(torch.equal(x, y) for x, y in zip(b, seen[n - 1][3]))
 
 
 def test_checkpointing_trains_the_same(models, clip):
