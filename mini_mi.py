@@ -13,7 +13,7 @@ Map. Names are looked up when a function runs, so what the method uses may stand
 
     THE PAPER         debias, the temporal attention of Eq. 3, the embeddings that it adds
     LEARN IT          the loss and the training loop, Eq. 4
-    USE IT            DDIM, inversion of the reference, start noise, guided sampling, in and out of the latents
+    USE IT            DDIM, inversion of the reference, start noise, guided sampling, in and out of latents
     THE FROZEN MODEL  UNet, autoencoder, text encoder, tokenizer, held against the published ones in tests/
     PLUMBING          configs, files, checkpoints, hub, video, pictures
     COMMAND LINE      the settings, and `run`: load, encode, train, invert, sample, write
@@ -21,7 +21,7 @@ Map. Names are looked up when a function runs, so what the method uses may stand
 Letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
           h w pixels   L text tokens   D text width   E width of the embedded diffusion step
           t diffusion step, never a frame   T number of them   N any batch axis, such as B*F
-          In Eq. 3 and its block alone, h is the paper's temporal feature (B, H*W, F, C).
+          h alone, in THE PAPER, is what temporal attention reads, as in its Eq. 3
 """
 
 import argparse
@@ -75,12 +75,13 @@ class UserError(ValueError):
 # ============================================================================================================
 #   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
 #
-#   Temporal attention sees features h of shape (B, H*W, F, C): a sequence of F frames for every position. The
-#   motion of one clip is learned as two tensors per attention, added to what that attention reads:
+#   Temporal attention reads features h of shape (B, H*W, F, C): one sequence of F frames per position. The
+#   motion of one clip is learned as two tensors per attention, added to what it reads:
 #
 #       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
 #
-#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. Without spatial axes it cannot hold a shape.
+#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It has no spatial axes: it cannot hold a
+#                          shape.
 #   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion. For
 #                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
 #                          could hold the clip's looks, too.
@@ -117,16 +118,16 @@ class TemporalTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.attn1, self.attn2 = (Attention(width, heads, head_dim) for _ in range(2))
         self.ff = FeedForward(width)
-        self.name = None                     # its key in the UNet, by which `motion` knows it; set by the UNet
+        self.name = None                    # its key in the UNet, by which `motion` knows it; set by the UNet
 
     def forward(self, x, grid, motion=None):
         for norm, attention, which in (self.norm1, self.attn1, "attn1"), (self.norm2, self.attn2, "attn2"):
             h = h_qk = h_v = norm(x)
             if motion is not None and self.name in motion.grids:
                 m_qk, m_v = motion.for_attention(self.name, which, h.shape[2], grid, h.dtype)
-                h_qk = h + m_qk                                                         # MQK           (Eq. 3)
-                h_v = h + m_v                                                           # MV            (Eq. 3)
-            x = x + attention(h_qk, h_qk, h_v)              # queries, keys and values are made of these three
+                h_qk = h + m_qk                                                        # MQK          (Eq. 3)
+                h_v = h + m_v                                                          # MV           (Eq. 3)
+            x = x + attention(h_qk, h_qk, h_v)             # queries, keys and values are made of these three
         return x + self.ff(self.norm3(x))
 
 
@@ -154,16 +155,15 @@ class MotionEmbeddings(nn.Module):
     def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True,
                  mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False):
         super().__init__()
-        self.frames, self.use_mqk, self.use_mv, self.mqk_dims, self.mv_dims = (
-            frames, use_mqk, use_mv, mqk_dims, mv_dims)
-        self.debias, self.debias_in_training = debias, debias_in_training
-        self.grids = {}                # temporal block -> (H, W) of its MV; None: the authors' file did not say
-        self.source = {}               # of which clip, if known: {"video": path, "prompt": what it shows, ...}
+        self.use_mqk, self.use_mv, self.mqk_dims, self.mv_dims = use_mqk, use_mv, mqk_dims, mv_dims
+        self.debias, self.debias_in_training, self.frames = debias, debias_in_training, frames
+        self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
+        self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
         if unet_config is None:
             return                                                                     # `load` fills it
         if not (use_mqk or use_mv):
             raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
-        with torch.device("meta"):                        # a UNet without memory for weights, asked for its blocks
+        with torch.device("meta"):                   # a UNet without memory for weights, asked for its blocks
             sites = UNet3DConditionModel(unet_config).motion_sites
         levels = [max(sites)] if levels is None else sorted(levels)
         if not levels or not set(levels) <= set(sites):
@@ -187,7 +187,7 @@ class MotionEmbeddings(nn.Module):
         return self._parameters[key]
 
     def __setitem__(self, key, value):
-        # torch's register_parameter refuses names with dots; the table behind it takes them, as all else does.
+        # torch's register_parameter refuses names with dots; the table behind it takes them.
         self._parameters[key] = nn.Parameter(value)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
@@ -200,44 +200,26 @@ class MotionEmbeddings(nn.Module):
     def for_attention(self, block, attention, frames, grid, dtype=torch.float32):
         """m_qk, m_v, each (1 or H*W, F, C), for one attention of a block; 0 if the part is absent or off."""
         m_qk = m_v = 0
+        sizes = (self.frames is None, self.grids[block], frames, grid)
         if self.use_mqk and f"{block}.pos_embed" in self._parameters:
-            m_qk = self._resized(block, ".pos_embed", frames, grid).to(dtype)
+            m_qk = resized(self[f"{block}.pos_embed"], *sizes).to(dtype)
         if self.use_mv and f"{block}.{attention}.vSpatial" in self._parameters:
-            m_v = self._resized(block, f".{attention}.vSpatial", frames, grid)
+            m_v = resized(self[f"{block}.{attention}.vSpatial"], *sizes)
             # Last, since differences of neighbouring frames mean something only on the frames that are used.
             if self.debias_in_training or not self.training:
-                m_v = debias(m_v, self.debias)                                                         # (Eq. 5)
+                m_v = debias(m_v, self.debias)                                                       # (Eq. 5)
             m_v = m_v.to(dtype)
         return m_qk, m_v
-
-    def _resized(self, block, part, frames, grid):
-        """One parameter (1 or H*W, F, C), interpolated where F or the grid is not that of the training."""
-        m, own = self[block + part], self.grids[block]
-        if self.frames is None and frames <= m.shape[1]:
-            m = m[:, :frames]
-        elif frames != m.shape[1]:
-            # align_corners: first and last frame stay what they are, and a steady drift stays steady.
-            m = nnf.interpolate(m.transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
-        if len(m) > 1 and own is None and len(m) != math.prod(grid):
-            raise UserError(
-                f"the motion file was made for {len(m)} positions and does not say in which shape; "
-                f"this size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
-        if len(m) > 1 and own not in (None, tuple(grid)):
-            plane = m.permute(1, 2, 0).unflatten(2, own)                                           # (F, C, H, W)
-            plane = nnf.interpolate(plane, tuple(grid), mode="bilinear", align_corners=False)
-            m = plane.flatten(2).permute(2, 0, 1)
-        return m
 
     def check_fits(self, unet):
         """UserError if these embeddings belong to another UNet."""
         widths = {block: c for sites in unet.motion_sites.values() for block, c in sites.items()}
         for key, value in self._parameters.items():
-            block = self.block(key)
-            if widths.get(block) != value.shape[-1]:
-                raise UserError(
-                    f"these motion embeddings do not fit the model: {block} has width {value.shape[-1]} in the "
-                    f"motion file and {widths.get(block, 'no place')} in the model; "
-                    "use the model they were made with")
+            block, have = self.block(key), value.shape[-1]
+            if widths.get(block) != have:
+                raise UserError(f"these motion embeddings do not fit the model: {block} has width {have} in the "
+                                f"motion file and {widths.get(block, 'no place')} in the model; use the model "
+                                "they were made with")
 
     def save(self, path):
         """Writes safetensors; settings, grids and source travel as metadata."""
@@ -264,10 +246,9 @@ def motion_loss(kind, prediction, target, anchor):
 
     mse       || eps - eps_theta ||^2, averaged; v for eps if the model predicts v, as data/tiny does  (Eq. 4)
     debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
-              frame has in common with the anchor counts less. It is MotionDirector's (arXiv 2310.08465), and
-              is no relation of `debias`
-    hybrid    debiased, while a LoRA holds the looks of single frames: MotionDirector's whole loss, with which
-              the paper's numbers were made; see SpatialLoRA
+              frame has in common with the anchor counts less (MotionDirector, arXiv 2310.08465; not `debias`)
+    hybrid    debiased, while a LoRA holds the looks of single frames (SpatialLoRA): MotionDirector's whole
+              loss, with which the paper's numbers were made
     """
     mse = nnf.mse_loss(prediction, target)
     if kind == "mse":
@@ -285,34 +266,26 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
     The defaults are the paper's, MODEL_DEFAULTS has those of data/tiny. Every step sees the clip at `batch`
-    noise levels. The result has `losses` (steps,).
+    noise levels. The UNet stays in eval mode; the authors' has dropout. The result has `losses` (steps,).
 
     state          file that keeps the training every `state_every` steps; an interrupted call goes on from it
     on_step        called as on_step(step, motion) after every step, from 1; motion is in eval mode
     checkpointing  recompute activations in backward: slower, much less memory
     settings       of MotionEmbeddings: use_mqk, use_mv, levels, ...
-
-    The authors train in fp16 with dropout active; here the UNet stays in eval mode, so there is no dropout.
     """
     _, _, frames, height, width = latents.shape
     unet, scheduler, generator = models.unet, models.scheduler, torch.Generator().manual_seed(seed)
     motion = MotionEmbeddings(unet.config, frames, height, width, **settings).to(models.device)
     # The decay is AdamW's default, which the authors leave active: a step shrinks every embedding by lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
-    # Gradients of float16 activations would vanish below 6e-8: the scaler multiplies the loss and divides the
-    # gradients.
+    # Gradients of float16 activations vanish below 6e-8: the scaler multiplies the loss, divides the gradients.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
-    parts = dict(motion=motion, optimizer=optimizer, scaler=scaler)
-    lora = None
-    if loss == "hybrid":
-        lora = SpatialLoRA(unet, generator)
-        parts.update(lora=lora, lora_optimizer=lora.optimizer)
     x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
+    lora = SpatialLoRA(unet, generator) if loss == "hybrid" else None
+    parts = dict(motion=motion, optimizer=optimizer, scaler=scaler)
+    parts.update(dict(lora=lora, lora_optimizer=lora.optimizer) if lora else {})
     try:
-        losses = load_state(state, parts, generator) if state and Path(state).exists() else []
-        if len(losses) > steps:
-            raise UserError(f"an earlier training got {len(losses)} steps far, more than the {steps} asked "
-                            f"for: ask for as many, or delete {state} to start over")
+        losses = load_state(state, parts, generator, steps) if state and Path(state).exists() else []
         unet.checkpointing = checkpointing
         bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
                    disable=not progress)
@@ -341,7 +314,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
                 state = save_state(state, parts, generator, losses)
             if on_step:
                 on_step(step + 1, motion.eval())
-    finally:                                       # the model is lent: whatever happens, it is as it was before
+    finally:                                     # the model is lent: whatever happens, it is as it was before
         unet.checkpointing = False
         if lora:
             lora.remove()
@@ -354,12 +327,8 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
 # ============================================================================================================
 
 class DDIMScheduler:
-    """The noise schedule, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps for t = 0 .. T-1 (arXiv 2006.11239),
-    and deterministic steps back (DDIM, eta = 0, arXiv 2010.02502).
-
-    The config of another sampler (DPM, Euler, PNDM, ...) is taken by its noise schedule, as diffusers'
-    `from_config` does; what it says about its own way of sampling is ignored.
-    """
+    """Noise levels, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps for t = 0 .. T-1 (arXiv 2006.11239), and
+    deterministic steps between them (DDIM with eta = 0, arXiv 2010.02502)."""
 
     def __init__(self, config):
         c = scheduler_settings(config)
@@ -411,17 +380,11 @@ class DDIMScheduler:
         return self.move(x, self.epsilon(model_out, t, x), self.abar(t, x), self.abar(t - self.T // n, x))
 
 
-def predict(models, x, t, text, motion=None):
-    """The UNet's answer in float32, whatever the format of its weights."""
-    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
-
-
 @torch.no_grad()
 def ddim_invert(models, latents, text, steps=50, progress=True):
     """The noise (B,C,F,H,W) from which as many sampling steps nearly give `latents` back: DDIM backwards.
 
-    From the lowest timestep up, eps is taken from x of the level below; text is (B,L,D), usually of the empty
-    prompt.
+    From the lowest timestep up, eps is taken from x of the level below; text (B,L,D) is of the empty prompt.
     """
     scheduler, x = models.scheduler, latents
     below = 0                                        # the clean latents count as level 0: alphas_cumprod[0]
@@ -462,13 +425,6 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
 
 
 CHUNK = 16                                      # frames that the autoencoder takes at once; bounds the memory
-
-
-@torch.no_grad()
-def encode_prompt(models, prompts):
-    """list of B strings -> (B,L,D)"""
-    return models.text_encoder(models.tokenizer(prompts).to(models.device))
-
 
 @torch.no_grad()
 def encode_video(models, video, generator=None):
@@ -616,6 +572,11 @@ class UNet3DConditionModel(nn.Module):
 
         out = self.conv_out(nnf.silu(self.conv_norm_out(hidden)))
         return out.unflatten(0, (batch, frames)).transpose(1, 2).contiguous()
+
+
+def predict(models, x, t, text, motion=None):
+    """The UNet's answer in float32, whatever the format of its weights."""
+    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
 
 
 class UNetBlock3D(nn.Module):
@@ -835,8 +796,8 @@ class TransformerTemporalModel(nn.Module):
         hidden = self.proj_in(hidden)
         for block in self.transformer_blocks:
             hidden = block(hidden, x.shape[2:], motion)
-        # (B, F, H*W, C), (B*F, C, H*W), (B*F, C, H, W)
-        return x + self.proj_out(hidden).transpose(1, 2).flatten(0, 1).transpose(1, 2).unflatten(2, x.shape[2:])
+        hidden = self.proj_out(hidden).transpose(1, 2).flatten(0, 1)                     # (B*F, H*W, C)
+        return x + hidden.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Attention(nn.Module):
@@ -855,11 +816,12 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, width)])    # a list: the keys are to_out.0.*
 
     def forward(self, q_in, k_in, v_in):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        # The fused kernels take one batch axis, so (B, H*W, F, C) is B*H*W sequences to them.
+        q, k, v = (f(x).flatten(0, -3).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for f, x in ((self.to_q, q_in), (self.to_k, k_in), (self.to_v, v_in)))
-        # softmax(q k^T / sqrt(head_dim)) v: (..., heads, L, head_dim)
+        # softmax(q k^T / sqrt(head_dim)) v: (N, heads, L, head_dim)
         x = nnf.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](x.transpose(-2, -3).flatten(-2))
+        return self.to_out[0](x.transpose(1, 2).flatten(2)).unflatten(0, q_in.shape[:-2])
 
 
 class FeedForward(nn.Module):
@@ -890,15 +852,16 @@ class SpatialLoRA(nn.Module):
 
     In 4 of 5 training steps it first learns from one random frame of the clip, seen as a clip of one frame,
     and stays on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
-    need not hold. It is thrown away afterwards. A (rank, C) starts normal with deviation 1 / rank, B (C, rank)
-    at zero. Source: MotionDirector (arXiv 2310.08465), whose rank and learning rate these are.
+    need not hold. It is thrown away afterwards. A (rank, C) starts normal with deviation 1 / rank, B (C,
+    rank) at zero. Source: MotionDirector (arXiv 2310.08465), whose rank and learning rate these are.
     """
 
     def __init__(self, unet, generator, rank=32, lr=5e-4):
         super().__init__()
         layers = [layer for transformer in unet.modules() if isinstance(transformer, Transformer2DModel)
                   for layer in transformer.modules() if isinstance(layer, nn.Linear)]
-        self.a = nn.ParameterList([torch.randn(rank, f.in_features, generator=generator) / rank for f in layers])
+        self.a = nn.ParameterList([torch.randn(rank, f.in_features, generator=generator) / rank
+                                   for f in layers])
         self.b = nn.ParameterList([torch.zeros(f.out_features, rank) for f in layers])
         self.to(unet.conv_in.weight.device).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
@@ -914,7 +877,7 @@ class SpatialLoRA(nn.Module):
         return out
 
     def step(self, models, x_t, t, text, target, scaler, generator):
-        """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else it is off."""
+        """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else is off."""
         self.on = torch.rand((), generator=generator).item() < 0.8
         frame = torch.randint(x_t.shape[2], (), generator=generator).item()
         if self.on:
@@ -924,7 +887,7 @@ class SpatialLoRA(nn.Module):
             self.optimizer.zero_grad(set_to_none=True)
             scaler.scale(error).backward()
             scaler.step(self.optimizer)
-            self.requires_grad_(False)                            # the clip's step trains the embeddings alone
+            self.requires_grad_(False)                           # the clip's step trains the embeddings alone
 
     def remove(self):
         """The UNet is again as it was."""
@@ -933,7 +896,11 @@ class SpatialLoRA(nn.Module):
 
 
 def scheduler_settings(config):
-    """scheduler_config.json as a checked namespace. Of another sampler's config the noise schedule counts."""
+    """scheduler_config.json as a checked namespace.
+
+    The config of another sampler (DPM, Euler, PNDM, ...) is taken by its noise schedule, as diffusers'
+    DDIMScheduler.from_config does; what it says about its own way of sampling is ignored.
+    """
     if config.get("_class_name", "DDIMScheduler") != "DDIMScheduler":
         if "beta_start" not in config:
             raise UserError(f"scheduler config: {config['_class_name']} has no noise schedule of betas")
@@ -1121,7 +1088,7 @@ class CLIPAttention(nn.Module):
     def forward(self, x):
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for f in (self.q_proj, self.k_proj, self.v_proj))
-        x = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)            # (B, heads, L, D/heads)
+        x = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)          # (B, heads, L, D/heads)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -1184,6 +1151,12 @@ class CLIPTextModel(nn.Module):
         return self.text_model(ids)
 
 
+@torch.no_grad()
+def encode_prompt(models, prompts):
+    """list of B strings -> (B,L,D)"""
+    return models.text_encoder(models.tokenizer(prompts).to(models.device))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-pair encoding as in OpenAI's CLIP
 # ------------------------------------------------------------------------------------------------------------
@@ -1244,14 +1217,15 @@ class CLIPTokenizer:
             except (OSError, UnicodeDecodeError) as e:
                 raise UserError(f"{folder / 'merges.txt'} cannot be read ({e}); "
                                 "get the tokenizer folder again") from None
-            merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+            merges = [tuple(line.split()) for line in lines
+                      if line.strip() and not line.startswith("#version")]
         config, special_map = (read_json(folder / name) if (folder / name).is_file() else {}
                                for name in ("tokenizer_config.json", "special_tokens_map.json"))
         special = {k: v for source in (config, special_map) for k, v in source.items()
                    if k in ("bos_token", "eos_token", "unk_token", "pad_token")}
         length = config.get("model_max_length") or 77
         if length < 3:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length} leaves no token")
+            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length} leaves no room")
         return cls(vocab, merges, special, 77 if length > 1e6 else int(length))
 
     @staticmethod
@@ -1296,8 +1270,8 @@ class CLIPTokenizer:
                 cut.append(word)
         if cut and text not in self.noticed:
             self.noticed.add(text)
-            print(f"notice: a prompt has more than the {self.length - 2} tokens that the model reads; this is cut "
-                  f"off: {textwrap.shorten(' '.join(cut), 300)}")
+            print(f"notice: a prompt has more than the {self.length - 2} tokens that the model reads; "
+                  f"cut off: {textwrap.shorten(' '.join(cut), 300)}")
         return ids[:self.length - 2]
 
     def __call__(self, texts):
@@ -1307,8 +1281,29 @@ class CLIPTokenizer:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files of the method: motions and interrupted trainings
+# Motions at other sizes and in files; interrupted trainings
 # ------------------------------------------------------------------------------------------------------------
+
+def resized(m, first, trained_grid, frames, grid):
+    """An embedding (1 or H*W, F, C) for another number of frames or grid (H, W) than it was trained on.
+
+    first          the first frames count, as in the authors' files of 32 slots; else time is stretched
+    trained_grid   (H, W), or None where the file did not say
+    """
+    if first and frames <= m.shape[1]:
+        m = m[:, :frames]
+    elif frames != m.shape[1]:
+        # align_corners: first and last frame stay what they are, and a steady drift stays steady.
+        m = nnf.interpolate(m.transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
+    if len(m) > 1 and trained_grid is None and len(m) != math.prod(grid):
+        raise UserError(f"the motion file was made for {len(m)} positions and does not say in which shape; "
+                        f"this size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
+    if len(m) > 1 and trained_grid not in (None, tuple(grid)):
+        plane = m.permute(1, 2, 0).unflatten(2, trained_grid)                            # (F, C, H, W)
+        plane = nnf.interpolate(plane, tuple(grid), mode="bilinear", align_corners=False)
+        m = plane.flatten(2).permute(2, 0, 1)
+    return m
+
 
 def read_motion_file(path):
     """A motion file's tensors, and what it says about them: dict(frames, grids, source, settings).
@@ -1339,7 +1334,8 @@ def read_motion_file(path):
         settings = {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
         for name, end in (("use_mqk", "pos_embed"), ("use_mv", "vSpatial")):
             settings.setdefault(name, any(key.endswith(end) for key in tensors))
-        return tensors, dict(frames=frames, grids=grids, source=dict(about.get("source", {})), settings=settings)
+        source = dict(about.get("source", {}))
+        return tensors, dict(frames=frames, grids=grids, source=source, settings=settings)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its settings cannot be read ({error}); train the motion again") from None
 
@@ -1357,8 +1353,11 @@ def save_state(path, parts, generator, losses):
     return path
 
 
-def load_state(path, parts, generator):
-    """Puts a saved training into `parts`, in place; returns its losses. UserError: it cannot be used."""
+def load_state(path, parts, generator, steps):
+    """Puts a saved training of at most `steps` into `parts`, in place; returns its losses.
+
+    UserError: the file is damaged, of another kind of training, or further than it should be.
+    """
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         if saved.keys() != {*parts, "generator", "losses"}:
@@ -1366,10 +1365,14 @@ def load_state(path, parts, generator):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         generator.set_state(saved["generator"])
-        return saved["losses"]
+        losses = saved["losses"]
     except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
         raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
                         "delete it to start over") from None
+    if len(losses) > steps:
+        raise UserError(f"an earlier training got {len(losses)} steps far, more than the {steps} asked "
+                        f"for: ask for as many, or delete {path} to start over")
+    return losses
 
 
 # =================================== PLUMBING: nothing below is about the method ==========================
