@@ -217,9 +217,9 @@ class MotionEmbeddings(nn.Module):
         for key, value in self._parameters.items():
             block, have = self.block(key), value.shape[-1]
             if widths.get(block) != have:
-                raise UserError(f"these motion embeddings do not fit the model: {block} has width {have} in the "
-                                f"motion file and {widths.get(block, 'no place')} in the model; use the model "
-                                "they were made with")
+                raise UserError(f"these motion embeddings do not fit the model: {block} has width {have} in "
+                                f"the motion file and {widths.get(block, 'no place')} in the model; use the "
+                                "model they were made with")
 
     def save(self, path):
         """Writes safetensors; settings, grids and source travel as metadata."""
@@ -278,7 +278,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
     motion = MotionEmbeddings(unet.config, frames, height, width, **settings).to(models.device)
     # The decay is AdamW's default, which the authors leave active: a step shrinks every embedding by lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
-    # Gradients of float16 activations vanish below 6e-8: the scaler multiplies the loss, divides the gradients.
+    # Gradients in float16 vanish below 6e-8: the scaler multiplies the loss and divides what comes out.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
     x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
     lora = SpatialLoRA(unet, generator) if loss == "hybrid" else None

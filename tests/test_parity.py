@@ -202,6 +202,42 @@ def test_ddim_trajectory_equals_diffusers(prediction, to_one, schedule, offset, 
             assert relative(a, b) < CLOSE
 
 
+@pytest.mark.parametrize("kind, fields", [
+    ("PNDMScheduler", dict(steps_offset=1, skip_prk_steps=True)), ("DDPMScheduler", dict(clip_sample=False)),
+    ("DPMSolverMultistepScheduler", dict(prediction_type="v_prediction", thresholding=False)),
+    ("EulerDiscreteScheduler", dict(steps_offset=1, num_train_timesteps=500)), ("LMSDiscreteScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", dict(timestep_spacing="trailing")),
+    ("UniPCMultistepScheduler", dict(steps_offset=1)), ("DEISMultistepScheduler", {}),
+    ("HeunDiscreteScheduler", {})])
+def test_schedulers_of_other_classes_are_taken_by_their_noise_schedule(kind, fields):
+    """As diffusers' from_config does, and then sampled by DDIM as ever: leading spacing, no clipping."""
+    other = getattr(diffusers, kind)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                     **fields)
+    config = json.loads(other.to_json_string())  # as it lies in a model folder
+    reference = diffusers.DDIMScheduler.from_config(dict(config), clip_sample=False, thresholding=False,
+                                                    timestep_spacing="leading")
+    assert config["_class_name"] == kind
+    ours = mini_mi.DDIMScheduler(config)
+    assert relative(ours.alphas_cumprod, reference.alphas_cumprod) < 1e-6
+    assert ours.v_prediction == (reference.config.prediction_type == "v_prediction")
+    reference.set_timesteps(20)
+    assert ours.timesteps(20).tolist() == reference.timesteps.tolist()
+    a = b = torch.randn(1, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    for t in ours.timesteps(20):
+        a, b = ours.step(a.tanh(), t, a, 20), reference.step(b.tanh(), t, b).prev_sample
+        assert relative(a, b) < CLOSE
+
+
+def test_schedulers_without_betas_are_refused():
+    """Flow matching has another noise schedule altogether."""
+    config = json.loads(diffusers.FlowMatchEulerDiscreteScheduler().to_json_string())
+    with pytest.raises(mini_mi.UserError, match="FlowMatchEulerDiscreteScheduler"):
+        mini_mi.DDIMScheduler(config)
+    config = json.loads(diffusers.PNDMScheduler(beta_schedule="squaredcos_cap_v2").to_json_string())
+    with pytest.raises(mini_mi.UserError, match="beta_schedule"):
+        mini_mi.DDIMScheduler(config)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_noising_and_targets_equal_diffusers(prediction):
     """A noise level for each sample."""

@@ -1,6 +1,8 @@
 """The tokenizer against transformers' CLIPTokenizer, on text that is as odd as text can be."""
 
+import json
 import random
+import shutil
 import unicodedata
 
 import pytest
@@ -125,6 +127,48 @@ def test_special_tokens_may_be_described_by_dicts(folder, tmp_path):
     tokenizer = mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "t")
     assert tokenizer.pad == vocab["!"] and tokenizer.eos == vocab["<|endoftext|>"]
     assert tokenizer(["wow", ""]).shape == (2, 9)
+
+
+@pytest.mark.parametrize("merges", ["pairs", "strings"])
+def test_tokenizer_json_alone(folder, tmp_path, merges):
+    """As transformers 5 saves it, and with the merges as older versions of tokenizers wrote them."""
+    reference = transformers.CLIPTokenizer.from_pretrained(folder)
+    reference.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "vocab.json").exists()
+    path = tmp_path / "saved" / "tokenizer.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(whole["model"]["merges"][0], list)
+    if merges == "strings":
+        whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"]]
+        path.write_text(json.dumps(whole), encoding="utf-8")
+    ours, classic = (mini_mi.CLIPTokenizer.from_pretrained(f) for f in (tmp_path / "saved", folder))
+    assert (ours.vocab, ours.rank, ours.pad, ours.special, ours.length) == (
+        classic.vocab, classic.rank, classic.pad, classic.special, classic.length)
+    assert_equal_to_transformers(tmp_path / "saved", [*NASTY, *random_strings(50)], 77)
+
+
+@pytest.mark.parametrize("told, length", [(None, 77), (int(1e30), 77), (1e30, 77), (24, 24), (24.0, 24)])
+def test_length(folder, tmp_path, told, length):
+    """Without one, or with the number by which transformers says that there is none, CLIP's 77 is taken."""
+    shutil.copytree(folder, tmp_path / "t")
+    config = {} if told is None else {"model_max_length": told}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "t")(["a cat"]).shape == (1, length)
+    (tmp_path / "t" / "tokenizer_config.json").write_text('{"model_max_length": -1}')
+    with pytest.raises(mini_mi.UserError, match="model_max_length"):
+        mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "t")
+
+
+def test_what_is_cut_off_is_named(folder, capsys):
+    """Once for every prompt; a prompt that fits says nothing."""
+    tokenizer = mini_mi.CLIPTokenizer.from_pretrained(folder)
+    tokenizer(["b " * 75])
+    assert capsys.readouterr().out == ""
+    for _ in range(2):
+        tokenizer(["b " * 75 + "and a Zebra", "b " * 76, "a cat"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("notice: ") and "75 tokens" in line for line in lines)
+    assert lines[0].endswith(": and a zebra") and lines[1].endswith(": b")
 
 
 def test_damaged_folders_are_refused(folder, tmp_path):
