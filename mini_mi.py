@@ -317,7 +317,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
     finally:                                     # the model is lent: whatever happens, it is as it was before
         unet.checkpointing = False
         if lora:
-            lora.remove()
+            lora.switch(on=False)
     motion.losses = torch.tensor(losses)
     return motion.eval()
 
@@ -843,7 +843,10 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        # Two products with half of the matrix each, since halves of one product are slow: they do not lie in
+        # one piece, and backward would have to join them.
+        value, gate = (nnf.linear(x, w, b)
+                       for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return value * nnf.gelu(gate)
 
 
@@ -858,41 +861,32 @@ class SpatialLoRA(nn.Module):
 
     def __init__(self, unet, generator, rank=32, lr=5e-4):
         super().__init__()
-        layers = [layer for transformer in unet.modules() if isinstance(transformer, Transformer2DModel)
-                  for layer in transformer.modules() if isinstance(layer, nn.Linear)]
+        self.layers = tuple(layer for transformer in unet.modules() if isinstance(transformer, Transformer2DModel)
+                            for layer in transformer.modules() if isinstance(layer, nn.Linear))
+        self.frozen = [layer.weight for layer in self.layers]
         self.a = nn.ParameterList([torch.randn(rank, f.in_features, generator=generator) / rank
-                                   for f in layers])
-        self.b = nn.ParameterList([torch.zeros(f.out_features, rank) for f in layers])
-        self.to(unet.conv_in.weight.device).requires_grad_(False)
+                                   for f in self.layers])
+        self.b = nn.ParameterList([torch.zeros(f.out_features, rank) for f in self.layers])
+        self.to(unet.conv_in.weight.device)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
-        self.on = False
-        # Hooks, since they leave the frozen model as it is: `remove` takes them away, and nothing is left.
-        self.hooks = [layer.register_forward_hook(functools.partial(self._add, n))
-                      for n, layer in enumerate(layers)]
 
-    def _add(self, n, layer, inputs, out):
-        if self.on:
-            a, b = self.a[n].to(out.dtype), self.b[n].to(out.dtype)
-            out = out + nnf.linear(nnf.linear(inputs[0], a), b)
-        return out
+    def switch(self, on):
+        """Lends W + B A to the layers as their weight, or gives W back: the very tensor that was there."""
+        for layer, w, a, b in zip(self.layers, self.frozen, self.a, self.b):
+            layer._parameters["weight"] = w + (b @ a).to(w.dtype) if on else w
 
     def step(self, models, x_t, t, text, target, scaler, generator):
         """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else is off."""
-        self.on = torch.rand((), generator=generator).item() < 0.8
+        on = torch.rand((), generator=generator).item() < 0.8
         frame = torch.randint(x_t.shape[2], (), generator=generator).item()
-        if self.on:
-            self.requires_grad_(True)
-            prediction = predict(models, x_t[:, :, frame, None], t, text)
-            error = nnf.mse_loss(prediction, target[:, :, frame, None])
+        self.switch(on)
+        if on:
+            error = nnf.mse_loss(predict(models, x_t[:, :, frame, None], t, text), target[:, :, frame, None])
             self.optimizer.zero_grad(set_to_none=True)
             scaler.scale(error).backward()
             scaler.step(self.optimizer)
-            self.requires_grad_(False)                           # the clip's step trains the embeddings alone
-
-    def remove(self):
-        """The UNet is again as it was."""
-        for hook in self.hooks:
-            hook.remove()
+            with torch.no_grad():                              # the clip's step trains the embeddings alone
+                self.switch(on)
 
 
 def scheduler_settings(config):

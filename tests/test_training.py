@@ -219,27 +219,35 @@ def test_lora_by_hand(models, clip):
     assert len(names) == len(lora.a) == len(lora.b) == 12 * 4             # 12 a transformer: proj, 8 of attention, 2
     with torch.no_grad():
         plain = unet(latents, 7, text)
-        lora.on = True
+        lora.switch(on=True)
         assert torch.equal(unet(latents, 7, text), plain)                                     # B starts at zero
         for a, b in zip(lora.a, lora.b):
             assert a.shape[0] == b.shape[1] == 32 and a.std().item() == pytest.approx(1 / 32, rel=0.2)
             b += 0.3 * torch.randn(b.shape, generator=torch.Generator().manual_seed(1))
+        lora.switch(on=True)
         changed = unet(latents, 7, text)
-        lora.on = False
+        lora.switch(on=False)
         assert torch.equal(unet(latents, 7, text), plain)
-        lora.remove()
-        for name, a, b in zip(names, lora.a, lora.b):
-            unet.get_submodule(name).weight += b @ a
+        hooks = [unet.get_submodule(name).register_forward_hook(
+            lambda layer, inputs, out, a=a, b=b: out + inputs[0] @ a.T @ b.T)
+            for name, a, b in zip(names, lora.a, lora.b) if not name.endswith("net.0.proj")]
+        for name, a, b in zip(names, lora.a, lora.b):           # GEGLU takes its weight and is never called
+            if name.endswith("net.0.proj"):
+                unet.get_submodule(name).weight.copy_(unet.get_submodule(name).weight + b @ a)
+        assert len(hooks) == 11 * 4
         assert relative(changed, unet(latents, 7, text)) < 1e-5 < 1e-2 < relative(changed, plain)
 
 
 def test_the_hybrid_loss_leaves_the_unet_as_it_was(models, clip):
-    """After training, after an error, after an interruption: weights, hooks, switches."""
+    """After training, after an error, after an interruption: the very parameters in their order, switches."""
     latents, text = clip
     before = {key: value.clone() for key, value in models.unet.state_dict().items()}
+    parameters_before = list(models.unet.named_parameters())
 
     def untouched():
         assert not models.unet.checkpointing
+        for (name, p), (key, q) in zip(models.unet.named_parameters(), parameters_before, strict=True):
+            assert name == key and p is q
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in models.unet.modules())
         assert models.unet.state_dict().keys() == before.keys()
         assert all(torch.equal(value, before[key]) for key, value in models.unet.state_dict().items())
@@ -272,7 +280,8 @@ def test_the_lora_is_off_in_one_step_of_five(models, clip, monkeypatch):
         build(self, *args)
 
     def watch(models, x, t, text, motion=None):
-        seen.append((x.shape[2], motion is not None, lora[0].on, [p.clone() for p in lora[0].b]))
+        lent = all(f.weight is not w for f, w in zip(lora[0].layers, lora[0].frozen))
+        seen.append((x.shape[2], motion is not None, lent, [p.clone() for p in lora[0].b]))
         return predict(models, x, t, text, motion)
 
     monkeypatch.setattr(mini_mi.SpatialLoRA, "__init__", remember)
