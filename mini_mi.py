@@ -861,8 +861,8 @@ class SpatialLoRA(nn.Module):
 
     def __init__(self, unet, generator, rank=32, lr=5e-4):
         super().__init__()
-        self.layers = tuple(layer for transformer in unet.modules() if isinstance(transformer, Transformer2DModel)
-                            for layer in transformer.modules() if isinstance(layer, nn.Linear))
+        transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
+        self.layers = [layer for m in transformers for layer in m.modules() if isinstance(layer, nn.Linear)]
         self.frozen = [layer.weight for layer in self.layers]
         self.a = nn.ParameterList([torch.randn(rank, f.in_features, generator=generator) / rank
                                    for f in self.layers])
