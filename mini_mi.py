@@ -25,6 +25,7 @@ Letters:  B batch   F frames   C channels   H W latent grid, or what a level of 
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -39,7 +40,6 @@ import platform
 import re
 import shutil
 import ssl
-import struct
 import subprocess
 import sys
 import tempfile
@@ -50,10 +50,10 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-from io import BytesIO
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 import ftfy
 import numpy as np
@@ -61,7 +61,7 @@ import regex
 import torch
 import torch.nn.functional as nnf
 import torch.utils.checkpoint
-from PIL import GifImagePlugin, Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -1373,28 +1373,182 @@ def load_state(path, parts, generator, steps):
 
 # =================================== PLUMBING: nothing below is about the method ==========================
 
+
 # ------------------------------------------------------------------------------------------------------------
-# Configuration files of published checkpoints
+# Files: written beside their place and renamed; configs and tensors are read without trusting the file
 # ------------------------------------------------------------------------------------------------------------
+def one_line(error):
+    """The first line of what another library says, to end a message of ours with."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, else delete it.
+
+    The folder is created. A reader of `path` meets the old file or the whole new one, never a part of it.
+    UserError: the place cannot be written, the disk is full.
+    """
+    path = Path(path)
+    # The suffix stays last: PIL and ffmpeg choose the format by it. Machines that share a folder can have
+    # processes of one number.
+    temporary = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # an unwritable folder shows here, before any work is done
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"cannot write {path} ({reason}): make room or choose another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def built_from(path, problem="cannot be used"):
+    """Guards code that builds something from a file: whatever goes wrong there is the file's fault, by name.
+
+    A number where a list belongs, a negative width or a missing field raises any error, anywhere.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path} {problem} ({reason}); fetch or write it again") from error
+
+
+def refuse_pointer(path):
+    """UserError if a file is the note that git-lfs leaves in place of a large file."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/"):
+            raise UserError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
+
+
+def read_json(path):
+    """The JSON object in a file, as a dict. UserError: missing, not JSON, not an object."""
+    refuse_pointer(path)
+    with built_from(path, "is not valid JSON, or cannot be read"):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
 def read_config(kind, config, fields, implemented=None):
     """The settings of one model as a namespace: the reference library's defaults, overridden by `config`.
 
     kind         what the config describes, for messages
-    config       dict, as `json.load` gives it; `_*` and INERT_FIELDS are skipped
-    fields       dict, field -> default of diffusers or transformers
+    config       dict, as `json.load` gives it; unknown fields are ignored: what would add weights is caught
+                 by the strict load
+    fields       dict, field -> default of diffusers or transformers; None says nothing of its kind
     implemented  dict, field -> the values that this file implements; any other value is a UserError
     """
-    settings = {**fields, **{k: v for k, v in config.items() if k in fields}}
-    for field, allowed in (implemented or {}).items():
-        value = settings[field]
-        if any(v not in allowed for v in (value if isinstance(value, (list, tuple)) else [value])):
+    settings = {field: config.get(field, default) for field, default in fields.items()}
+    kinds = {int: (int, float), float: (int, float), tuple: (list, tuple), type(None): object}
+    for field, value in settings.items():
+        default, allowed = fields[field], (implemented or {}).get(field)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if allowed is not None and any(v not in allowed for v in values):
             raise UserError(f"{kind} config: {field} = {value} is not implemented; it takes {allowed}")
+        negative = type(default) is int and type(value) is int and default > 0 >= value
+        if negative or not isinstance(value, kinds.get(type(default), type(default))):
+            raise UserError(f"{kind} config: {field} = {value!r} cannot be; a usual value is {default!r}")
     return SimpleNamespace(**settings)
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _read_safetensors(path):
+    """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
+    refuse_pointer(path)
+    with built_from(path, "is damaged, truncated or no safetensors file"):
+        with open(path, "rb") as file:
+            # Pages load when they are used; ACCESS_COPY: writing into a tensor does not change the file.
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(memory[:8], "little")
+        if start > len(memory):
+            raise ValueError(f"a header of {start - 8} bytes does not fit into {len(memory)}")
+        header = json.loads(memory[8:start])
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is not text")
+        data, tensors, position = torch.frombuffer(memory, dtype=torch.uint8)[start:], {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            kind, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
+            if kind not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{name} has the unknown dtype {kind}")
+            dtype = SAFETENSORS_DTYPES[kind]
+            if any(n < 0 for n in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name}: {end - begin} bytes cannot hold shape {shape} of {kind}")
+            # Each tensor begins where the one before it ended: this excludes gaps and overlaps at once.
+            if begin != position or end > len(data):
+                raise ValueError(f"{name}: bytes {begin} to {end} overlap, leave a gap or lie outside")
+            raw = data[begin:end]
+            if (start + begin) % dtype.itemsize:
+                raw = raw.clone()  # old writers did not align; a wider dtype needs it
+            tensors[name], position = raw.view(dtype).reshape(shape), end
+        if position != len(data):
+            raise ValueError(f"{len(data) - position} bytes belong to no tensor")
+    return tensors, metadata
+
+
+def load_tensors(path):
+    """{name: tensor on the CPU} from .safetensors, or from .bin / .pt / .pth without running code from it.
+
+    UserError: missing, truncated, offsets that lie, unknown dtype, a pickle that holds more than tensors.
+    A pickle is a program; `weights_only` refuses every call but the few that build tensors.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    if Path(path).suffix == ".safetensors":
+        return _read_safetensors(path)[0]
+    refuse_pointer(path)
+    with built_from(path, "was refused: it is damaged, or a pickle with code or objects beside tensors"):
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f"{path} should hold a dict of tensors (a state dict)")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def read_metadata(path):
+    """The {str: str} metadata of a safetensors file; {} where it has none."""
+    return _read_safetensors(path)[1]
+
+
+def save_safetensors(path, tensors, metadata=None):
+    """Write {name: tensor} and optional {str: str} metadata as safetensors, atomically; dtypes are kept."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    # Wide dtypes first, and a header padded to 8 bytes: every tensor lies at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header, position = {"__metadata__": metadata or {}}, 0
+    for name, tensor in ordered:
+        offsets = [position, position := position + tensor.numel() * tensor.dtype.itemsize]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading a checkpoint: a folder in diffusers layout
 # ------------------------------------------------------------------------------------------------------------
+
+ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
+# The parts with weights, and what their files are called before ".safetensors" or ".bin".
+PARTS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+
 
 @dataclasses.dataclass
 class Models:
@@ -1431,18 +1585,35 @@ def rename_keys(tensors, text_encoder=False):
     return renamed
 
 
+def weight_names(stem):
+    """The names that weights go by, the best first: safe or pickled, full or fp16, one file or an index."""
+    pickled = "pytorch_model" if stem == "model" else stem
+    return [name for base, kind in ((stem, "safetensors"), (pickled, "bin")) for variant in ("", ".fp16")
+            for name in (f"{base}{variant}.{kind}", f"{base}{variant}.{kind}.index.json",
+                         f"{base}.{kind}.index{variant}.json")]
+
+
+def shards(path):
+    """The weight files behind `path`: itself, or those that the index names, all of them beside it."""
+    if path.suffix != ".json":
+        return [path]
+    with built_from(path):
+        names = sorted(set(read_json(path)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard in another folder")
+    return [path.with_name(name) for name in names]
+
+
 def load_module(build, folder, stem, device, dtype):
-    """build(config.json of `folder`) with its weights, stem.safetensors or stem.bin. Frozen, in eval mode."""
-    config = read_json(folder / "config.json")
-    bin_stem = "pytorch_model" if stem == "model" else stem
-    files = [folder / f"{stem}.safetensors", folder / f"{bin_stem}.bin"]
-    path = next((f for f in files if f.is_file()), None)
+    """build(config.json of `folder`) with its weights, see weight_names. Frozen, in eval mode."""
+    with built_from(folder / "config.json"), torch.device("meta"):    # no memory for what gets replaced
+        module = build(read_json(folder / "config.json"))
+    path = next((folder / name for name in weight_names(stem) if (folder / name).is_file()), None)
     if path is None:
-        raise UserError(f"{folder} holds neither {files[0].name} nor {files[1].name}; "
-                        "get the model folder again")
-    with torch.device("meta"):                 # no memory and no random numbers for weights that get replaced
-        module = build(config)
-    tensors = rename_keys(load_tensors(path), text_encoder=build is CLIPTextModel)
+        raise UserError(f"{folder} holds no weights, such as {stem}.safetensors; get the model folder again")
+    tensors = {}
+    for file in shards(path):
+        tensors.update(rename_keys(load_tensors(file), text_encoder=build is CLIPTextModel))
     expected = module.state_dict()
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     wrong = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
@@ -1460,20 +1631,19 @@ def load_module(build, folder, stem, device, dtype):
 
 def local_folder(model):
     """The folder that `model` names on this machine, or None if it names a hub repository."""
-    folder = HERE / "data" / "tiny" if model == "tiny" else Path(model)
+    folder, repo = HERE / "data" / "tiny" if model == "tiny" else Path(model), str(model).partition("@")[0]
     if (folder / "unet").is_dir():
         return folder
-    if folder.exists() or model not in ALIASES and str(model).count("/") != 1:
+    if folder.exists() or repo not in ALIASES and repo.count("/") != 1:
         raise UserError(f"{folder} is no model folder: there is no unet/ in it; give a folder in diffusers "
-                        f"layout, a hub repository (owner/name), tiny or {', '.join(ALIASES)}")
+                        f"layout, a hub repository (owner/name[@revision]), tiny or {', '.join(ALIASES)}")
     return None
 
 
 def model_config(model, part):
     """config.json of one part, such as "unet"; of a hub repository only this file is fetched, no weights."""
-    folder = local_folder(model)
-    return read_json(folder / part / "config.json" if folder else
-                     fetch(ALIASES.get(model, model), f"{part}/config.json"))
+    folder, name = local_folder(model), f"{part}/config.json"
+    return read_json(folder / name if folder else fetch(model, name))
 
 
 def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
@@ -1483,206 +1653,79 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     its cost is small next to the UNet's.
     """
     folder = local_folder(folder_or_repo) or fetch_model(folder_or_repo)
-    return Models(
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        load_module(CLIPTextModel, folder / "text_encoder", "model", device, dtype),
-        load_module(AutoencoderKL, folder / "vae", "diffusion_pytorch_model", device, torch.float32),
-        load_module(UNet3DConditionModel, folder / "unet", "diffusion_pytorch_model", device, dtype),
-        DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json")))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Files: written beside their place and renamed; tensors are read without trusting the file
-# ------------------------------------------------------------------------------------------------------------
-def one_line(error):
-    """The first line of what another library says, to end a message of ours with."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, else delete it.
-
-    The folder is created. A reader of `path` meets the old file or the whole new one, never a part of it.
-    UserError: the place cannot be written.
-    """
-    path = Path(path)
-    # The suffix stays last: PIL and ffmpeg choose the format by it. Machines that share a folder can have
-    # processes of one number.
-    temporary = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # an unwritable folder shows here, before any work is done
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise UserError(f"cannot write {path} ({reason}): choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def read_json(path):
-    """The JSON object in a file, as a dict. UserError: missing, not JSON, not an object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({one_line(error)}); fetch or write it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def _safetensors_header(path):
-    """(header, metadata, where the data begins). On disk: 8 bytes little-endian length, JSON, raw data."""
-    try:
-        with open(path, "rb") as file:
-            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"truncated: a header of {length} bytes does not fit into {size} bytes")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("metadata that is not text")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({one_line(error)}); "
-                        "fetch it again") from error
-    return header, metadata, 8 + length
-
-
-def _load_safetensors(path):
-    """{name: tensor}: views of the memory-mapped file, after every offset in its header was checked."""
-    header, _, start = _safetensors_header(path)
-    with open(path, "rb") as file:
-        # Pages load when they are used; ACCESS_COPY: whoever writes into a tensor does not change the file.
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    data = torch.frombuffer(memory, dtype=torch.uint8)[start:]
-    tensors, position = {}, 0
-    try:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
-            dtype = SAFETENSORS_DTYPES.get(dtype)
-            if dtype is None:
-                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-            if any(n < 0 for n in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name}: {end - begin} bytes cannot hold shape {shape} of {entry['dtype']}")
-            # Each tensor begins where the one before it ended: this excludes gaps and overlaps at once.
-            if begin != position or end > len(data):
-                raise ValueError(f"{name}: bytes {begin} to {end} overlap, leave a gap or lie outside")
-            raw = data[begin:end]
-            if (start + begin) % dtype.itemsize:
-                raw = raw.clone()  # old writers did not align; a wider dtype needs it
-            tensors[name], position = raw.view(dtype).reshape(shape), end
-        if position != len(data):
-            raise ValueError(f"{len(data) - position} bytes belong to no tensor")
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{path} is damaged or truncated ({one_line(error)}); fetch it again") from error
-    return tensors
-
-
-def load_tensors(path):
-    """{name: tensor on the CPU} from .safetensors, or from .bin / .pt / .pth without running code from it.
-
-    UserError: missing, truncated, offsets that lie, unknown dtype, a pickle that holds more than tensors.
-    A pickle is a program; `weights_only` refuses every call but the few that build tensors.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist or is not a file")
-    if Path(path).suffix == ".safetensors":
-        return _load_safetensors(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} was refused: it is damaged, or a pickle with code or objects beside "
-                        f"tensors ({type(error).__name__}); fetch it again, or as safetensors") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise UserError(f"{path} should hold a dict of tensors (a state dict)")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def read_metadata(path):
-    """The {str: str} metadata of a safetensors file; {} where it has none."""
-    return _safetensors_header(path)[1]
-
-
-def save_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor} and optional {str: str} metadata as safetensors, atomically; dtypes are kept."""
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    # Wide dtypes first, and a header padded to 8 bytes: every tensor lies at a multiple of its item size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header, position = {"__metadata__": metadata or {}}, 0
-    for name, tensor in ordered:
-        offsets = [position, position := position + tensor.numel() * tensor.dtype.itemsize]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    # Both parts without weights are tried, too: a value of the wrong kind may show only at use.
+    with built_from(folder / "tokenizer"):
+        for file in (folder / "tokenizer").glob("*"):
+            refuse_pointer(file)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer(["a"])
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    with built_from(schedule):
+        config = read_json(schedule)
+        scheduler = DDIMScheduler(config)
+        scheduler.timesteps(1)
+    if (name := config.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
+        print(f"scheduler: the noise schedule of {name} is taken; sampling is by DDIM")
+    parts = dict(text_encoder=CLIPTextModel, vae=AutoencoderKL, unet=UNet3DConditionModel)
+    return Models(tokenizer=tokenizer, scheduler=scheduler, **{
+        part: load_module(build, folder / part, PARTS[part], device, {"vae": torch.float32}.get(part, dtype))
+        for part, build in parts.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Hub: {endpoint}/{repo}/resolve/{revision}/{file}; resumed, verified, cached
 # ------------------------------------------------------------------------------------------------------------
-ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
 NETWORK_ERRORS = (
     urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
 )
 
 
 class NotOnHub(UserError):
-    """The hub has no such file (404). Some files are optional."""
+    """The hub has no such file (404), or may not be asked. Some files are optional."""
 
 
-class _KeepRedirects(urllib.request.HTTPRedirectHandler):
-    """Makes urllib hand redirects back: their headers hold the hash, and the token must stay behind."""
+class HubRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, notes what the hub itself says of a file, and leaves the token with the hub.
 
-    def redirect_request(self, *args):
-        """No request: the answer itself goes to the caller."""
-        return None
-
-
-def _open_url(url, offset, token):
-    """GET `url` from byte `offset` on; returns (answer, SHA-256 of the whole file or "", its bytes or None).
-
-    Hash and size are the hub's word (X-Linked-Etag, X-Linked-Size), sent with the redirect to a storage host.
+    Hash and size come with the redirect to a storage host (X-Linked-Etag, X-Linked-Size). `linked` has them.
     """
-    opener, hub = urllib.request.build_opener(_KeepRedirects), urlsplit(url)[:2]
-    sha256, size = "", None
-    for _ in range(10):
+
+    def __init__(self, url):
+        self.hub, self.linked = urlsplit(url)[:2], {}  # scheme, and host with port
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        """The request that follows; None, and with it an HTTPError, where the way leaves the web."""
         if urlsplit(url).scheme not in ("http", "https"):
-            raise UserError(f"{url} is no web address: HF_ENDPOINT should look like https://huggingface.co")
-        at_hub = urlsplit(url)[:2] == hub  # same scheme, host and port: only there the token may go
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        if token and at_hub:
-            headers["Authorization"] = f"Bearer {token}"
-        try:
-            answer = opener.open(urllib.request.Request(url, headers=headers), timeout=30)
-        except urllib.error.HTTPError as error:  # urllib raises all but 2xx; it is an answer all the same
-            answer = error
-        if at_hub:
-            etag = answer.headers.get("X-Linked-Etag", "").strip('"')
-            if re.fullmatch("[0-9a-f]{64}", etag):  # small files carry a git SHA-1 there
-                sha256 = etag
-            size = int(answer.headers.get("X-Linked-Size") or 0) or size
-        if answer.status not in (301, 302, 303, 307, 308):
-            return answer, sha256, size
-        answer.close()
-        url = urljoin(url, answer.headers.get("Location", ""))
-    raise UserError(f"{url}: too many redirects; check HF_ENDPOINT")
+            return None
+        following = super().redirect_request(request, answer, code, message, headers, url)
+        if urlsplit(request.full_url)[:2] == self.hub:
+            self.linked.update(headers)
+            if following and urlsplit(url)[:2] == self.hub:  # a renamed repository
+                following.unredirected_hdrs.update(request.unredirected_hdrs)
+        return following
+
+
+def hub_path(variable, below):
+    """A place of huggingface_hub: what the environment says, or `below` the folder of all its files."""
+    home = os.environ.get("HF_HOME") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
+    return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
+
+
+def repo_cache(repo, revision="main"):
+    """(repository, folder of its files, revision); the folder is huggingface_hub's snapshot if there is one.
+
+    repo: "owner/name", "owner/name@revision" or an alias. UserError: another form.
+    """
+    repo, _, asked = str(repo).partition("@")
+    repo, revision = ALIASES.get(repo, repo), asked or revision
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or ".." in revision:
+        raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name)")
+    store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
+    with contextlib.suppress(OSError):       # refs/main holds the commit that it was when it was fetched
+        revision = (store / "refs" / revision).read_text("utf-8").strip()
+    theirs, ours = store / "snapshots" / revision, hub_path("", "mini_mi") / repo.replace("/", "--")
+    ours = ours / quote(revision, safe="")
+    return repo, theirs if theirs.is_dir() else ours, revision
 
 
 def _download(url, target, token):
@@ -1693,276 +1736,402 @@ def _download(url, target, token):
     """
     part = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
     offset = part.stat().st_size if part else 0
-    answer, sha256, size = _open_url(url, offset, token)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    redirects = HubRedirects(url)
+    try:
+        answer = urllib.request.build_opener(redirects).open(request, timeout=30)
+    except urllib.error.HTTPError as error:  # urllib raises all but 2xx; it is an answer all the same
+        answer = error
     with answer:
+        linked = redirects.linked or answer.headers
+        sha256 = linked.get("X-Linked-Etag", "").strip('"')
+        sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else ""  # small files carry a git SHA-1 there
+        size = int(linked.get("X-Linked-Size") or 0)
         if answer.status == 404:
             raise NotOnHub(f"{url} does not exist (404): check the name of the folder or repository")
         if answer.status in (401, 403):
             raise UserError(f"{url} was refused ({answer.status}): no such repository, or a gated one: "
                             "accept its terms on its page and set HF_TOKEN")
-        if part and (answer.status == 416 or not sha256 or sha256 not in part.name):
+        if 300 <= answer.status < 400:
+            raise UserError(f"{url}: the redirects lead nowhere; check HF_ENDPOINT")
+        # What was kept may be all of it: a process that was ended before the check left it so.
+        complete = bool(part and sha256 and sha256 in part.name and size == offset)
+        if part and not complete and (answer.status == 416 or not sha256 or sha256 not in part.name):
             part.unlink()  # the part is no beginning of this file: start again
             raise ConnectionError("the file on the hub has changed")
-        if answer.status not in (200, 206):
-            raise ConnectionError(f"the server answered {answer.status}")
-        resumed = answer.status == 206  # 200: the server ignores Range and sends everything
-        offset = offset if resumed else 0
-        size = size or offset + int(answer.headers.get("Content-Length") or 0)
-        needed, free = size - offset, shutil.disk_usage(target.parent).free
-        if needed > free:
-            raise UserError(f"the disk is too full for {target.name}: {needed / 1e6:.0f} MB to come, "
-                            f"{free / 1e6:.0f} MB free in {target.parent}; make room or set HF_HOME")
-        part = target.with_name(f".{target.name}.{sha256}.part")
-        bar = tqdm(total=size, initial=offset, unit="B", unit_scale=True, desc=target.name,
-                   disable=not sha256)  # small files come without a hash, and need no bar
-        with bar, open(part, "ab" if resumed else "wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
+        if not complete:
+            if answer.status not in (200, 206):
+                raise ConnectionError(f"the server answered {answer.status}")
+            offset = offset if answer.status == 206 else 0  # 200: the server ignores Range and sends it all
+            size = size or offset + int(answer.headers.get("Content-Length") or 0)
+            needed, free = size - offset, shutil.disk_usage(target.parent).free
+            if needed > free:
+                raise UserError(f"the disk is too full for {target.name}: {needed / 1e6:.0f} MB to come, "
+                                f"{free / 1e6:.0f} MB free in {target.parent}; make room or set HF_HOME")
+            part = target.with_name(f".{target.name}.{sha256}.part")
+            bar = tqdm(total=size, initial=offset, unit="B", unit_scale=True, desc=target.name,
+                       disable=not sha256)  # small files come without a hash, and need no bar
+            with bar, open(part, "ab" if offset else "wb") as file:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
     if part.stat().st_size < size:
         raise ConnectionError(f"the connection ended at byte {part.stat().st_size} of {size}")
-    if size and part.stat().st_size > size:
-        part.unlink()
-        raise ConnectionError(f"more than the announced {size} bytes arrived")
     digest = hashlib.sha256()
     with open(part, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if sha256 and digest.hexdigest() != sha256:
+    if (size and part.stat().st_size > size) or (sha256 and digest.hexdigest() != sha256):
         part.unlink()
-        raise UserError(f"{target.name} arrived damaged (SHA-256 {digest.hexdigest()[:12]}..., the hub says "
-                        f"{sha256[:12]}...) and was deleted: run it again, or check HF_ENDPOINT")
+        # Of a part that was continued the damage may be old, and another attempt begins afresh.
+        raise (ConnectionError if offset else UserError)(
+            f"{target.name} arrived damaged (SHA-256 {digest.hexdigest()[:12]}..., the hub says "
+            f"{sha256[:12]}...) and was deleted: run it again, or check HF_ENDPOINT")
     os.replace(part, target)
 
 
 def fetch(repo, filename, revision="main"):
-    """Path in the cache of `filename` of hub repository `repo` ("owner/name"); downloaded if it is not there.
+    """Path in the cache of `filename` of hub repository `repo`, see repo_cache.
 
-    Environment: HF_ENDPOINT (hub), HF_TOKEN (gated models), HF_HOME (cache; default ~/.cache/huggingface).
-    UserError: no network, refused, damaged, disk full; NotOnHub: 404.
+    Downloaded if it is not there. Environment: HF_ENDPOINT (hub), HF_TOKEN and HF_TOKEN_PATH (gated models),
+    HF_HOME and HF_HUB_CACHE (where files are; default ~/.cache/huggingface), HF_HUB_OFFLINE (ask no one).
+    UserError: no network, refused, damaged, disk full; NotOnHub: 404, or not in the cache while offline.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name)")
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "mini_mi"
-    target = cache / repo.replace("/", "--") / quote(revision, safe="") / filename
+    repo, folder, revision = repo_cache(repo, revision)
+    target = folder / filename
     if target.is_file():
         return target
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise NotOnHub(f"{filename} of {repo} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it: "
+                       "unset it, or check HF_HOME and HF_HUB_CACHE")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if urlsplit(endpoint).scheme not in ("http", "https"):
+        raise UserError(f"{endpoint} is no web address: HF_ENDPOINT should look like https://huggingface.co")
     url = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(filename)}"
-    for pause in (0.5, 1, 2, 4, 8):
+    token = os.environ.get("HF_TOKEN", "")
+    with contextlib.suppress(OSError, UnicodeDecodeError):        # what `hf auth login` stored
+        token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8")
+    for pause in (0.5, 1, 2, 4, None):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _download(url, target, os.environ.get("HF_TOKEN", "").strip())
+            _download(url, target, token.strip())
             return target
         except NETWORK_ERRORS as error:
             problem = one_line(getattr(error, "reason", error))
-            if pause == 0.5 and isinstance(error, urllib.error.URLError):
+            if pause is None or pause == 0.5 and isinstance(error, urllib.error.URLError):
                 break  # there is no way to the hub at all: waiting would only delay the message
             time.sleep(pause)
         except OSError as error:
             raise UserError(f"cannot write {target} ({error.strerror}): make room or set HF_HOME") from error
-    raise UserError(f"cannot fetch {url} ({problem}): check the network, run it again; what came is kept")
+    proxy = urlsplit(urllib.request.getproxies().get(urlsplit(url).scheme, ""))
+    by_way = f" by way of the proxy {proxy.hostname}:{proxy.port}" if proxy.hostname else ""
+    raise UserError(f"cannot fetch {url}{by_way} ({problem}): check the network, run it again; "
+                    "what came is kept")
+
+
+def fetch_weights(repo, part, stem):
+    """Folder with config.json and weights of one part ("" is the repository's root), see weight_names."""
+    prefix, absent = f"{part}/".lstrip("/"), None
+    folder = fetch(repo, f"{prefix}config.json").parent
+    # What is there already, in whatever form, goes before anything that would have to be fetched.
+    for name in sorted(weight_names(stem), key=lambda name: not (folder / name).is_file()):
+        try:
+            for shard in shards(fetch(repo, prefix + name)):
+                fetch(repo, prefix + shard.name)
+            return folder
+        except NotOnHub as error:
+            absent = absent or error  # of several misses, the one of the usual name
+    raise absent
+
+
+def fetch_tokenizer(repo, part):
+    """Folder with the tokenizer of one part ("" is the repository's root): the files of either generation."""
+    folder, prefix = repo_cache(repo)[1] / part, f"{part}/".lstrip("/")
+    try:
+        today = (folder / "tokenizer.json").is_file()
+        for name in ("tokenizer.json",) if today else ("vocab.json", "merges.txt"):
+            fetch(repo, prefix + name)
+    except NotOnHub:
+        fetch(repo, f"{prefix}tokenizer.json")                # all that transformers 5 writes
+    # Nobody can say offline which optional files there are. The config is fetched last: where it is, the
+    # others have been asked for.
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if not (folder / "tokenizer_config.json").is_file():
+            with contextlib.suppress(NotOnHub):
+                fetch(repo, prefix + name)
+    return folder
 
 
 def fetch_model(repo):
     """Folder with the files of a text-to-video repository (or alias) in diffusers layout; see fetch."""
-    repo = ALIASES.get(repo, repo)
-    folder = fetch(repo, "model_index.json").parent
-    complete = folder / ".complete"  # offline, nobody can say again which optional files there are
-    if complete.exists():
-        return folder
-    for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json",
-                 "text_encoder/config.json", "vae/config.json", "unet/config.json"):
-        fetch(repo, name)
-    for name in ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"):
-        with contextlib.suppress(NotOnHub):
-            fetch(repo, name)
-    for name, pickled in (("text_encoder/model", "text_encoder/pytorch_model"),
-                          ("vae/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
-                          ("unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model")):
-        try:
-            fetch(repo, f"{name}.safetensors")
-        except NotOnHub:
-            fetch(repo, f"{pickled}.bin")
-    complete.touch()
-    return folder
+    for part, stem in PARTS.items():
+        fetch_weights(repo, part, stem)
+    fetch_tokenizer(repo, "tokenizer")
+    return fetch(repo, "scheduler/scheduler_config.json").parent.parent
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Video files: PIL for GIF, WebP, APNG and folders of images; the program ffmpeg for everything else
+# Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else
 # ------------------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_STARTS = (b"GIF8", b"\x89PNG", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")  # content, not suffix
 SMALLEST = 8  # pixels; a smaller frame has no motion worth learning
+# HDR to SDR: light is made linear with SDR's white (203 cd/m2, ITU-R BT.2408) at 1; brighter is compressed.
+SDR = ("zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:param=0.9:desat=0,"
+       "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
 
 
-def _picture_frames(path):
-    """Yield the frames of a picture file as RGB PIL images, white where nothing was painted."""
-    try:
-        with warnings.catch_warnings():  # a size that PIL only warns of is refused, too
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # A closed list of formats: others may start programs (EPS), whatever the suffix says.
-            image = Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF"))
-        with image:
-            # An APNG may begin with a still for old viewers that is no part of the clip.
-            for index in range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1)):
-                image.seek(index)
-                frame = ImageOps.exif_transpose(image).convert("RGBA")
-                yield Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} has too many pixels to be decoded safely: scale it down first") from error
-    except Exception as error:  # decoders raise anything on damaged files
-        raise UserError(f"{path} is damaged or no picture file ({one_line(error)})") from error
+def choose_frames(path, times, frames, start, duration):
+    """F indices into `times` (when each stored frame begins, then the end; Fractions of seconds from 0).
+
+    Frame i is the one shown at start + (i + 1/2) * duration / F. UserError: a part that is not in the clip,
+    or one with fewer stored frames than asked for.
+    """
+    begin, end = Fraction(start), times[-1]
+    stop = end if duration is None else begin + Fraction(duration)
+    slack = end / (10 * max(1, len(times) - 1))                 # a tenth of a frame: files round their times
+    if begin >= end > 0 or stop > end + Fraction(1, 10):        # lengths are told rounded
+        raise UserError(f"{path} is {float(end):.2f} s long: --start {start:g} and --duration go beyond")
+
+    def shown(moment):
+        """Index of the frame that is on the screen then."""
+        return min(max(bisect.bisect_right(times, moment + slack) - 1, 0), len(times) - 2)
+
+    stop = min(stop, end)
+    stored = bisect.bisect_left(times, stop - slack, 0, len(times) - 1) - max(0, shown(begin))
+    if stored < frames:
+        raise UserError(f"{path} has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
+                        "take a longer clip, a longer part of it or fewer frames")
+    return [shown(begin + (stop - begin) * (2 * i + 1) / (2 * frames)) for i in range(frames)]
 
 
-def _folder_frames(folder):
-    """Yield the images of a folder as RGB PIL images in natural order (2.png before 10.png)."""
-    def natural(path):
-        """A file name, its numbers as numbers."""
-        return [int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", path.name)]
-
-    paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES]
-    for path in sorted(paths, key=natural):
-        yield next(_picture_frames(path))
-
-
-def _ffmpeg(path):
-    program = shutil.which("ffmpeg")
-    if program is None:
-        raise UserError(f"{path}: this format needs the program ffmpeg, which is not on PATH: install it, or "
-                        "use .gif or .webp")
-    return program
-
-
-def _ffmpeg_frames(path):
-    """Yield the frames of a video file as RGB PIL images, upright and with square pixels."""
-    # The frames are renumbered, so that exactly the stored ones arrive also where the rate varies. As PPM
-    # pictures they tell their own size (with a phone's rotation mark the size in the header is wrong).
-    command = [_ffmpeg(path), "-v", "error", "-xerror", "-nostdin", "-i", f"file:{path}", "-map", "0:v:0",
-               "-vf", "settb=1/25,setpts=N,scale=iw*sar:ih", "-r", "25",
-               "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    # Errors go to a file: a second pipe that nobody empties would stop ffmpeg when it is full.
-    with (tempfile.TemporaryFile() as log,
-          subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process):
-        pipe = process.stdout
+@contextlib.contextmanager
+def open_picture(path):
+    """A picture file, opened by PIL; whatever the decoder raises inside the block names the file."""
+    with built_from(path, "is damaged or no picture file"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)       # PIL would only warn of some
         try:
-            while pipe.readline():  # "P6", then "width height", then "255", then the bytes
-                size = tuple(map(int, pipe.readline().split()))
-                pipe.readline()
-                yield Image.frombytes("RGB", size, pipe.read(3 * size[0] * size[1]))
-            if process.wait():
-                log.seek(0)
-                reason = re.sub(r"\[.*?\] ", "", one_line(log.read().decode(errors="replace")))
-                raise UserError(f"{path} is damaged, truncated or no video ({reason}): export it again")
-        finally:
-            process.kill()  # a reader that has enough leaves early
+            # A closed list of formats: others may start programs (EPS), whatever the suffix says.
+            with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")) as image:
+                yield image
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} has too many pixels to be decoded safely: scale it down") from error
 
 
-def _frames(path):
-    """Yield the frames of any supported clip as RGB PIL images of one size; UserError if that cannot be."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a video file, a GIF or a folder of images")
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
-    picture = path.suffix.lower() in (".gif", ".webp", ".png", ".apng")
-    reader = _folder_frames if path.is_dir() else _picture_frames if picture else _ffmpeg_frames
-    size = None
-    with contextlib.closing(reader(path)) as frames:
-        for frame in frames:
-            size = size or frame.size
-            if frame.size != size:
-                raise UserError(f"{path} mixes frames of {size} and {frame.size} pixels: make them one size")
-            if min(size) < SMALLEST:
-                raise UserError(f"{path} has frames of {size} pixels: {SMALLEST} x {SMALLEST} are the least")
-            yield frame
+def fit(path, image, size):
+    """PIL image -> (h,w,3) uint8, upright, on white, scaled (bicubic) to cover `size`, cropped to the centre.
+
+    16-bit grey: 65535 is white; floats: 1.0 is white; other ranges are refused.
+    """
+    if min(image.size) < SMALLEST:
+        raise UserError(f"{path} has frames of {image.size} pixels: {SMALLEST} x {SMALLEST} are the least")
+    mode, white = image.mode, 1 if image.mode == "F" else 65535
+    image = ImageOps.exif_transpose(image)
+    if mode[0] in "IF":                              # I;16, I;16B, I (16-bit PNG in older PIL), F
+        values = np.asarray(image, dtype=np.float64)
+        if not (values.min() >= 0 and values.max() <= white):
+            raise UserError(f"{path} has grey values from {values.min():g} to {values.max():g}: "
+                            f"0 to {white} can be read in this format; save it with 8 bits")
+        image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    image = (image.convert("RGB") if mode == "CMYK" else image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
 
 
-def read_video(path, frames, size, stride=None):
+def read_animation(path, frames, size, start, duration):
+    """The chosen frames of a GIF, WebP or APNG. One held for k times the shortest duration counts as k."""
+    with open_picture(path) as image:
+        # An APNG may begin with a still for old viewers that is no part of the clip.
+        first, lasts = int(bool(image.info.get("default_image"))), []
+        for index in range(first, getattr(image, "n_frames", 1)):
+            image.seek(index)
+            image.load()
+            lasts.append(Fraction(image.info.get("duration") or 100) / 1000)     # 0 means "as usual"
+        # Writers merge equal neighbours; undone here, in ticks of the shortest frame, so that they count.
+        owners, times = [], [Fraction(0)]
+        for index, last in enumerate(lasts, first):
+            ticks = max(1, round(last / min(lasts)))
+            owners += [index] * ticks
+            times += [times[-1] + last * k / ticks for k in range(1, ticks + 1)]
+        video = []
+        for tick in choose_frames(path, times, frames, start, duration):
+            image.seek(owners[tick])
+            video.append(fit(path, image, size))
+    return np.stack(video)
+
+
+def read_folder(path, frames, size, start, duration):
+    """The chosen pictures of a folder, in natural order (2.png before 10.png)."""
+    if start or duration:
+        raise UserError(f"{path} holds pictures, which have no times: take a folder of those wanted")
+    names = {}
+    for picture in path.glob("[!.]*"):
+        if picture.suffix.lower() in IMAGE_SUFFIXES:
+            # "00000.jpg" and "00000.png", or "7.png" and "7_mask.png": a picture and its mask.
+            numbers = tuple(map(int, re.findall("[0-9]+", picture.stem)))
+            twin = names.setdefault(numbers or picture.stem, picture)
+            if twin is not picture:
+                raise UserError(f"{path} holds two pictures of one number, {twin.name} and {picture.name}: "
+                                "put masks into a folder of their own")
+
+    def natural(picture):
+        """A file name, its numbers as numbers."""
+        return [int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", picture.name)]
+
+    pictures = sorted(names.values(), key=natural)
+    video, sizes = [], set()
+    for picture in pictures:
+        with open_picture(picture) as image:
+            sizes.add(image.size)
+    for index in choose_frames(path, list(map(Fraction, range(len(pictures) + 1))), frames, 0, None):
+        with open_picture(pictures[index]) as image:
+            video.append(fit(pictures[index], image, size))
+    if len(sizes) > 1:
+        raise UserError(f"{path} mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
+    return np.stack(video)
+
+
+def program(name, path):
+    """Path of ffmpeg or ffprobe. UserError: it is not installed."""
+    if not shutil.which(name):
+        raise UserError(f"{path}: this format needs the program ffmpeg, but {name} is not on PATH: install "
+                        "it, or use .gif or .webp")
+    return shutil.which(name)
+
+
+def read_film(path, frames, size, start, duration, seek=True):
+    """The chosen frames of a video file, upright, with square pixels, in SDR: one ffprobe, then one ffmpeg.
+
+    seek=False reads from the first frame on, also for a part: in some containers (.ts) one seeks too far.
+    """
+    def refuse(log):
+        """UserError with the first thing that a program said."""
+        reason = re.sub(r"\[.*?\] ", "", one_line(log.decode(errors="replace")))
+        raise UserError(f"{path} is damaged, truncated or no video ({reason}): export it again")
+
+    ask = [program("ffprobe", path), "-v", "error", "-fflags", "+genpts", "-select_streams", "V:0",
+           "-of", "json", "-show_entries", "format=start_time:stream_tags=alpha_mode:stream=codec_name,width,"
+           "height,color_transfer,start_pts,time_base,nb_frames:packet=pts,dts,duration,flags"]
+    seek = seek and start > 2
+    if seek or duration is not None:        # only the packets around that part; they are not in order
+        begin, end = (f"+{start - 2}", 4) if seek else ("", start + 2)
+        ask += ["-read_intervals", f"{begin}%" + (f"+{duration + end}" if duration is not None else "")]
+    probe = subprocess.run([*ask, f"file:{path}"], capture_output=True)
+    about = json.loads(probe.stdout or b"{}")
+    if probe.returncode or not about.get("streams") or not about.get("packets"):
+        refuse(probe.stderr or b"no video in it")
+    stream, packets = about["streams"][0], about["packets"]
+    if probe.stderr and not seek and duration is None and int(stream.get("nb_frames", 0)) > len(packets):
+        refuse(probe.stderr)                             # the end of the file is missing
+    if not stream.get("width"):
+        refuse(b"no picture in it")
+    if min(stream["width"], stream["height"]) < SMALLEST:
+        raise UserError(f"{path} has frames of {(stream['width'], stream['height'])} pixels: "
+                        f"{SMALLEST} x {SMALLEST} are the least")
+    unit, stamps = Fraction(stream["time_base"]), {}
+    for packet in packets:
+        if "D" not in packet["flags"]:       # to be discarded: cut off by an edit list
+            stamps[packet.get("pts", packet.get("dts"))] = packet.get("duration", 0)
+    order = sorted(stamp for stamp in stamps if stamp is not None)
+    zero = stream.get("start_pts", order[0])
+    # Containers tell the length of the last frame badly or not at all: it lasts as long as others, at least.
+    last = max(stamps[order[-1]], (order[-1] - order[0]) // max(1, len(order) - 1))
+    times = [(stamp - zero) * unit for stamp in [*order, order[-1] + last]]
+    if seek and times[0] > start:
+        return read_film(path, frames, size, start, duration, seek=False)
+    wanted = choose_frames(path, times, frames, start, duration)
+
+    # A window around the time of each wanted frame, up to half way to its neighbours.
+    stored, offset = sorted(set(wanted)), zero * unit
+    edges = [times[0] - 1, *((a + b) / 2 for a, b in zip(times, times[1:-1])), times[-1]]
+    edges = [f"{float(edge + offset):.6f}" for edge in edges]
+    windows = "+".join(f"between(t,{edges[k]},{edges[k + 1]})" for k in stored)
+    hdr = stream.get("color_transfer") in ("smpte2084", "arib-std-b67")
+    # With -copyts the times are those of ffprobe; decoding begins at a key frame before the part. The frames
+    # are renumbered, so that exactly these arrive also where the rate varies.
+    command = [program("ffmpeg", path), "-v", "error", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts"]
+    if seek:
+        moment = times[stored[0]] + offset - Fraction(about["format"].get("start_time", "0"))
+        command += ["-noaccurate_seek", "-ss", f"{max(0.0, float(moment)):.6f}"]
+    if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
+        command += ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]]]
+    width, height = size
+    command += ["-i", f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf",
+                f"select='{windows}',settb=1/25,setpts=N,{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,"
+                f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
+                f"format=rgba,crop={width}:{height}", "-r", "25", "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
+    film = subprocess.run(command, capture_output=True)
+    if hdr and b"zscale" in film.stderr:
+        raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another one, "
+                        f"ffmpeg -i {path} -vf {SDR} sdr.mp4")
+    if film.returncode or len(film.stdout) != len(stored) * width * height * 4:
+        if seek:
+            return read_film(path, frames, size, start, duration, seek=False)
+        refuse(film.stderr or b"frames are missing")
+    rgba = np.frombuffer(film.stdout, np.uint8).reshape(-1, height, width, 4).astype(np.uint16)
+    opacity = rgba[..., 3:]
+    video = ((rgba[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)    # on white
+    return video[[stored.index(k) for k in wanted]]
+
+
+def read_video(path, frames, size, start=0.0, duration=None):
     """Read a clip as (F,h,w,3) uint8, where F = `frames` and `size` = (width, height) in pixels.
 
-    The frames are spaced evenly from first to last, or are every `stride`-th from the first. Each is scaled
-    (bicubic, antialiased) until it covers `size`, then cropped to the centre. Frames are never repeated: a
-    clip with too few of them is a UserError, and so is everything that cannot be decoded.
+    The frames are spaced evenly in time over the clip, or over `duration` seconds of it from `start` on: see
+    choose_frames. Each is scaled until it covers `size`, then cropped to the centre; transparent is white.
+    UserError: fewer stored frames than that, and everything that cannot be decoded.
     """
-    if frames < 1 or (stride is not None and stride < 1):
-        raise UserError(f"frames ({frames}) and stride ({stride}) must be at least 1")
-    # Decoded twice, at first only to count: so a long film needs memory for the chosen frames alone.
-    total = sum(1 for _ in _frames(path))
-    needed = frames if stride is None else (frames - 1) * stride + 1
-    if total < needed:
-        raise UserError(f"{path} has {total} frame{'s' * (total != 1)}, but {needed} are needed: "
-                        "take a longer clip, fewer frames or a smaller stride")
-    wanted = np.linspace(0, total - 1, frames).round() if stride is None else np.arange(needed)[::stride]
-    chosen = [frame for index, frame in enumerate(_frames(path)) if index in wanted]
-    return np.stack([np.asarray(ImageOps.fit(frame, size, Image.Resampling.BICUBIC)) for frame in chosen])
-
-
-def _gif(frames, fps):
-    """GIF bytes with one palette for all frames and no dithering: what stands still does not flicker.
-
-    PIL's animation writer merges equal neighbours into one longer frame, and the clip would come back shorter
-    than it was; so the bytes around the frames are written here (GIF89a specification).
-    """
-    _, height, width, _ = frames.shape
-    some = frames.reshape(-1, 1, 3)[:: frames.size // 2**18 | 1]  # a hundred thousand pixels will do
-    palette = Image.fromarray(np.ascontiguousarray(some)).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
-    data = struct.pack("<6sHHBBB", b"GIF89a", width, height, 0xF7, 0, 0)  # 0xF7: 256 colours for all frames
-    data += bytes(palette.getpalette()).ljust(768, b"\0")
-    data += b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"  # loop for ever
-    for index, frame in enumerate(frames):
-        # Hundredths of a second that add up to the right length; viewers do not respect fewer than 2.
-        duration = max(2, round((index + 1) * 100 / fps) - round(index * 100 / fps))
-        image = Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
-        data += b"".join(GifImagePlugin.getdata(image, duration=10 * duration))
-    return data + b";"
-
-
-def _webp(frames, fps):
-    """Lossless animated WebP bytes.
-
-    libwebp merges equal neighbours, too, so the chunks are written here: VP8X, ANIM, and an ANMF around each
-    still (WebP container specification).
-    """
-    def chunk(name, data):
-        """A RIFF chunk, padded to even length."""
-        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
-
-    def bits24(*numbers):
-        """Little-endian, three bytes each."""
-        return b"".join(struct.pack("<I", number)[:3] for number in numbers)
-
-    size = bits24(frames.shape[2] - 1, frames.shape[1] - 1)
-    chunks = chunk(b"VP8X", b"\2\0\0\0" + size) + chunk(b"ANIM", bytes(6))  # 2: animated; loop for ever
-    for index, frame in enumerate(frames):
-        still = BytesIO()
-        Image.fromarray(frame).save(still, "WEBP", lossless=True, quality=50)  # lossless: quality is effort
-        duration = round((index + 1) * 1000 / fps) - round(index * 1000 / fps)  # milliseconds
-        # Offset, size, duration, 2: paint over all; then the still without the 12 bytes of its RIFF header.
-        chunks += chunk(b"ANMF", bits24(0, 0) + size + bits24(duration) + b"\2" + still.getvalue()[12:])
-    return chunk(b"RIFF", b"WEBP" + chunks)
+    path = Path(path)
+    if frames < 1 or start < 0 or (duration is not None and duration <= 0):
+        raise UserError(f"frames ({frames}) at least 1, start ({start}) not below 0, duration above 0")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a video file, a GIF or a folder of images")
+    reader = read_folder
+    if path.is_file():
+        refuse_pointer(path)
+        with open(path, "rb") as file:
+            begin = file.read(12)
+        if not begin:
+            raise UserError(f"{path} is empty")
+        picture = begin.startswith(IMAGE_STARTS) or begin[:4] + begin[8:] == b"RIFFWEBP"
+        reader = read_animation if picture else read_film
+    return reader(path, frames, size, start, duration)
 
 
 def write_video(path, frames, fps):
     """Write (F,h,w,3) uint8 `frames` at `fps` frames per second as .gif, .webp (lossless) or .mp4.
 
-    Read again, it has F frames, equal neighbours included. An mp4 of odd size repeats its last row or column,
-    since yuv420p keeps colour for pairs of pixels. UserError: another suffix, no ffmpeg, unwritable.
+    A GIF has one palette for all frames and no dithering: what stands still does not flicker. PIL merges
+    equal neighbours into one longer frame. An mp4 of odd size repeats its last row or column, since yuv420p
+    keeps colour for pairs of pixels. UserError: another suffix, no ffmpeg, unwritable.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".gif", ".webp", ".mp4"):
         raise UserError(f"cannot write {path}: its name should end in .gif, .webp or .mp4")
     with atomic_write(path) as temporary:
         if suffix == ".mp4":
-            _, height, width, _ = frames.shape
-            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
-            command = [_ffmpeg(path), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
-                       "-s", f"{width + width % 2}x{height + height % 2}", "-r", str(fps), "-i", "-",
+            odd = [(0, side % 2) for side in frames.shape[1:3]]
+            frames = np.pad(frames, ((0, 0), *odd, (0, 0)), "edge")
+            command = [program("ffmpeg", path), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
+                       "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", str(fps), "-i", "-",
                        "-pix_fmt", "yuv420p", "-b:v", "8M", "-movflags", "+faststart", f"file:{temporary}"]
             result = subprocess.run(command, input=frames.tobytes(), capture_output=True)
             if result.returncode:
                 raise UserError(f"ffmpeg cannot write {path}: {one_line(result.stderr.decode())}")
-        else:
-            temporary.write_bytes(_gif(frames, fps) if suffix == ".gif" else _webp(frames, fps))
+            return
+        images, unit = [Image.fromarray(frame) for frame in frames], 10 if suffix == ".gif" else 1
+        # Durations are whole hundredths of a second (GIF) or milliseconds, and add up to the right length.
+        ends = [round(1000 * n / fps / unit) * unit for n in range(len(frames) + 1)]
+        how = dict(lossless=True, quality=50)                                    # lossless: quality is effort
+        if suffix == ".gif":
+            some = frames.reshape(-1, 1, 3)[:: frames.size // 2**18 | 1]  # a hundred thousand pixels will do
+            palette = Image.fromarray(np.ascontiguousarray(some)).quantize(255, kmeans=1)
+            images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+            how = dict(optimize=False)
+        images[0].save(temporary, save_all=True, append_images=images[1:], loop=0,
+                       duration=[max(2 * unit, b - a) for a, b in zip(ends, ends[1:])], **how)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1971,7 +2140,7 @@ def write_video(path, frames, fps):
 INK, GREY, PALE, BLUE, SKY = "#20242c", "#858c97", "#e6e8ec", "#1f5fbf", "#b9d0f0"
 
 
-def _caption(text, width, lines):
+def caption(text, width, lines):
     """(18*lines+6, width, 3) uint8: `text` on white, wrapped, ending in "..." where it needs more lines."""
     font, strip = ImageFont.load_default(14), Image.new("RGB", (width, 18 * lines + 6), "white")
     rows = textwrap.wrap(text, int(width / font.getlength("n")), max_lines=lines, placeholder="...")
@@ -1979,20 +2148,20 @@ def _caption(text, width, lines):
     return np.asarray(strip)
 
 
-def _rescale(video, width):
-    """(F,h,w,3) uint8 enlarged by a whole number to about `width` pixels, or reduced to that width."""
+def framed(video, width):
+    """(F,h,w,3) uint8 enlarged by a whole number to about `width` pixels or reduced to it, with a margin."""
     scale = round(width / video.shape[2]) or width / video.shape[2]
-    size = (round(scale * video.shape[2]), round(scale * video.shape[1]))
-    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in video])
+    size = round(scale * video.shape[2]), round(scale * video.shape[1])
+    frames = np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in video])
+    return np.pad(frames, ((0, 0), (0, 0), (0, 6), (0, 0)), constant_values=255)
 
 
 def side_by_side(videos, labels):
     """(F,H,W,3) uint8: clips (F,h,w,3) of one size in a row under their labels, enlarged when tiny."""
     columns = []
     for video, label in zip(videos, labels, strict=True):
-        video = _rescale(video, max(192, video.shape[2]))  # a label can be read above 192 pixels
-        video = np.pad(video, ((0, 0), (0, 0), (0, 6), (0, 0)), constant_values=255)
-        strip = _caption(label, video.shape[2], 3)
+        video = framed(video, max(192, video.shape[2]))  # a label can be read above 192 pixels
+        strip = caption(label, video.shape[2], 3)
         columns.append(np.stack([np.concatenate([strip, frame]) for frame in video]))
     return np.concatenate(columns, axis=2)
 
@@ -2002,19 +2171,12 @@ def contact_sheet(rows):
     strips = []
     for label, video in rows:
         chosen = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
-        tiles = np.pad(_rescale(video[chosen], 192), ((0, 0), (0, 6), (0, 6), (0, 0)), constant_values=255)
-        strip = np.concatenate(list(tiles), axis=1)
-        strips += [_caption(label, strip.shape[1], 1), strip]
+        strip = np.concatenate(list(framed(video[chosen], 192)), axis=1)
+        strip = np.pad(strip, ((0, 6), (0, 0), (0, 0)), constant_values=255)
+        strips += [caption(label, strip.shape[1], 1), strip]
     width = max(strip.shape[1] for strip in strips)
     strips = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
     return Image.fromarray(np.concatenate(strips))
-
-
-def _ticks(low, high):
-    """About five round numbers within [low, high]: 1, 2 or 5 times a power of ten apart."""
-    step = 10 ** math.floor(math.log10((high - low) / 5))
-    step *= next(factor for factor in (1, 2, 5, 10) if factor * step * 6 >= high - low)
-    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def loss_curve(losses):
@@ -2022,34 +2184,24 @@ def loss_curve(losses):
     losses = np.asarray(losses, dtype=float)
     window = np.ones(max(1, len(losses) // 12))
     # Centred average; the division makes averages of the shorter windows at both ends, too.
-    mean = np.convolve(losses, window) / np.convolve(np.ones_like(losses), window)
-    mean = mean[len(window) // 2:][:len(losses)]
-    last, highest = max(2, len(losses)), max(1.05 * losses.max(), 1e-9)
-
-    zoom = 2  # drawn at twice the size, then reduced: PIL does not antialias lines
-    left, top, right, bottom, dot = 80 * zoom, 44 * zoom, 876 * zoom, 420 * zoom, 2.5 * zoom
+    mean = (np.convolve(losses, window) / np.convolve(np.ones_like(losses), window))[len(window) // 2:]
+    last, highest, zoom = max(2, len(losses)), max(1.05 * losses.max(), 1e-9), 2  # PIL antialiases no lines
     image = Image.new("RGB", (900 * zoom, 480 * zoom), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14 * zoom)
 
     def place(step, loss):
         """Its pixel in the picture."""
-        return left + (right - left) * (step - 1) / (last - 1), bottom - (bottom - top) * loss / highest
+        return zoom * (80 + 796 * (step - 1) / (last - 1)), zoom * (420 - 376 * loss / highest)
 
-    for tick in _ticks(0, highest):
-        y = place(1, tick)[1]
-        draw.line((left, y, right, y), PALE, zoom)
-        draw.text((left - 8 * zoom, y), f"{tick:.4g}", GREY, font, anchor="rm")
-    for tick in _ticks(1, last):
-        if tick == round(tick):  # there is no half step
-            x = place(tick, 0)[0]
-            draw.line((x, bottom, x, bottom + 5 * zoom), GREY, zoom)
-            draw.text((x, bottom + 10 * zoom), f"{tick:.0f}", GREY, font, anchor="mt")
-    draw.line((left, bottom, right, bottom), GREY, zoom)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = place(1 + share * (last - 1), share * highest)
+        draw.line((80 * zoom, y, 876 * zoom, y), PALE if share else GREY, zoom)
+        draw.text((72 * zoom, y), f"{share * highest:.3g}", GREY, font, anchor="rm")
+        draw.text((x, 430 * zoom), f"{1 + share * (last - 1):.0f}", GREY, font, anchor="mt")
     for x, y in map(place, range(1, len(losses) + 1), losses):
-        draw.ellipse((x - dot, y - dot, x + dot, y + dot), SKY)
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), SKY)
     draw.line(list(map(place, range(1, len(losses) + 1), mean)), BLUE, 3 * zoom, joint="curve")
-    draw.text(((left + right) / 2, bottom + 34 * zoom), "training step", INK, font, anchor="mt")
-    draw.text((left, 14 * zoom), f"loss   (line: mean of {len(window)} steps)", INK, font)
+    draw.text((80 * zoom, 14 * zoom), f"loss by training step (line: mean of {len(window)} steps)", INK, font)
     return image.resize((900, 480), Image.Resampling.LANCZOS)
 
 
@@ -2063,30 +2215,34 @@ MODEL_DEFAULTS = {
     "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, batch=1, sample_steps=30,
                   guidance=12.0),                            # the paper's
 }
+INVERT_STEPS = 50                 # of the DDIM inversion, whatever --sample-steps is: the authors'
+TRAINING = ("steps", "lr", "batch", "seed", "loss", "checkpointing")     # train_motion's arguments
 
 
 def option(default, about, **extra):
-    """A field of Config with its default and its --help text."""
+    """A field of Config with its default and its --help text; extra: flag, choices, within (least, most)."""
     return dataclasses.field(default=default, metadata={"about": about, **extra})
 
 
 @dataclasses.dataclass
 class Config:
     """All settings of a run. The command line is made from this class, and run.json records it."""
-    model: str = option("tiny", "the embedded model (tiny), zeroscope, a hub repository (owner/name) "
-                                "or a model folder")
+    model: str = option(None, "the embedded model (tiny, the default), zeroscope, a hub repository "
+                              "(owner/name or owner/name@revision) or a model folder")
     video: str = option(None, "reference clip: GIF, WebP, APNG, a folder of pictures, or a file that ffmpeg "
                               "reads (default: the first of data/clips)")
+    start: float = option(None, "second of the reference to begin at", within=(0, 1e6))
+    duration: float = option(None, "seconds of the reference (default: all that follow)", within=(1e-3, 1e6))
     source_prompt: str = option(None, "what the reference shows (clips of data/clips bring theirs)")
     prompts: tuple = option((), "what to show instead; repeat for more clips", flag="--prompt")
     negative_prompt: str = option("", "what to keep away from")
     motion: str = option(None, "reuse this motion file; nothing is trained")
-    out: str = option("out", "folder for the results")
+    out: str = option("out", "folder for the results; those of an earlier run move to previous-1, ... in it")
 
     use_mqk: bool = option(True, "ablation: without the Motion Query-Key embedding", flag="--no-mqk")
     use_mv: bool = option(True, "ablation: without the Motion Value embedding", flag="--no-mv")
-    debias: str = option("diff", "how MV is cleared of static appearance at inference",
-                         choices=("diff", "mean", "none"))
+    debias: str = option(None, "how MV is cleared of static appearance at inference (default: diff, or as "
+                               "the motion file says)", choices=("diff", "mean", "none"))
     debias_in_training: bool = option(False, "debias MV in training, too (not in the paper)")
     mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
     mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
@@ -2095,26 +2251,29 @@ class Config:
     motion_type: str = option("object", "camera: MV is dropped at inference, "
                                         "as the authors do for camera motion", choices=("object", "camera"))
 
-    steps: int = option(None, "training steps")
-    lr: float = option(None, "learning rate")
-    batch: int = option(None, "noise levels in every training step")
-    loss: str = option("mse", "training loss; debiased: MotionDirector's, unrelated to --debias",
+    steps: int = option(None, "training steps", within=(1, 1e6))
+    lr: float = option(None, "learning rate", within=(1e-9, 1e3))
+    batch: int = option(None, "noise levels in every training step", within=(1, 1e4))
+    loss: str = option("mse", "training loss; debiased: MotionDirector's, unrelated to --debias; hybrid: "
+                              "that and its spatial LoRA, as for the paper's numbers",
                        choices=("mse", "debiased", "hybrid"))
     snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100: "
                                   "early ones often leak less of the reference's looks")
     checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
 
-    sample_steps: int = option(None, "DDIM steps")
-    guidance: float = option(None, "classifier-free guidance; 1 or less switches it off")
-    noise_prior: float = option(0.5, "share of the inverted reference in the start noise, 0 to 1")
+    sample_steps: int = option(None, "DDIM steps", within=(1, 1e5))
+    guidance: float = option(None, "classifier-free guidance; 1 or less switches it off", within=(-1e3, 1e3))
+    noise_prior: float = option(0.5, "share of the inverted reference in the start noise", within=(0, 1))
+    seeds: int = option(1, "clips per prompt, of as many seeds in a row", within=(1, 1e4))
+    compare: bool = option(True, "leave out the clips without embeddings: half the sampling time",
+                           flag="--no-compare")
 
-    frames: int = option(None, "frames of the clips")
+    frames: int = option(None, "frames of the clips", within=(2, 1e4))
     size: str = option(None, "WIDTHxHEIGHT in pixels")
-    stride: int = option(None, "take every n-th frame of the reference "
-                               "(default: spread evenly over all of it)")
-    fps: int = option(None, "frames per second of what is written")
-    seed: int = option(0, "random seed of training and sampling")
-    device: str = option("auto", "auto, cpu or cuda")
+    fps: int = option(None, "frames per second of what is written", within=(1, 1000))
+    format: str = option("gif", "kind of file for the clips", choices=("gif", "webp", "mp4"))
+    seed: int = option(0, "random seed of training and sampling", within=(0, 2 ** 62))
+    device: str = option("auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu")
     dtype: str = option("auto", "number format of the UNet; auto: float16 on cuda, float32 elsewhere",
                         choices=("auto", "float32", "bfloat16", "float16"))
     dry_run: bool = option(False, "say what would happen, and stop")
@@ -2130,8 +2289,9 @@ def model_defaults(model):
     folder = local_folder(model)
     if folder is None:
         return MODEL_DEFAULTS["other"]
-    widths = unet_settings(read_json(folder / "unet" / "config.json")).block_out_channels
-    return MODEL_DEFAULTS["tiny" if widths[0] <= 64 else "other"]
+    with built_from(folder / "unet" / "config.json"):
+        widths = unet_settings(read_json(folder / "unet" / "config.json")).block_out_channels
+        return MODEL_DEFAULTS["tiny" if widths[0] <= 64 else "other"]
 
 
 def numbers(text):
@@ -2148,114 +2308,64 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    """Command line -> checked Config, with the model's defaults for what was not given."""
+    """Command line -> Config. What was not given is None, or its fixed default; `run` fills it in."""
     parser = Parser("mini_mi.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         about, flag = f.metadata["about"], f.metadata.get("flag", "--" + f.name.replace("_", "-"))
-        if f.type is bool:
-            parser.add_argument(flag, dest=f.name, help=about,
-                                action="store_false" if f.default else "store_true")
-            continue
-        default = f.default
+        default, shape = f.default, dict(type=numbers if f.type is tuple else f.type, metavar=f.name.upper())
         if f.name in MODEL_DEFAULTS["tiny"]:
             default = f"{MODEL_DEFAULTS['tiny'][f.name]} for tiny, else {MODEL_DEFAULTS['other'][f.name]}"
-        about += f" (default: {default})" if default not in (None, (), "") else ""
-        shape = dict(type=numbers if f.type is tuple else f.type, metavar=f.name.upper())
-        if f.name == "prompts":
+        if f.type is bool:
+            shape, default = dict(action="store_false" if f.default else "store_true"), None
+        elif f.name == "prompts":
             shape = dict(action="append", metavar="PROMPT")
         elif "choices" in f.metadata:
             shape = dict(type=f.type, choices=f.metadata["choices"])
+        about += f" (default: {default})" if default not in (None, (), "") else ""
         parser.add_argument(flag, dest=f.name, help=about, **shape)
-    given = vars(parser.parse_args(argv))
-    config = Config(**given)
-    if config.motion:  # what is not given is as it was in training; that the file is there `run` will see
-        trained = MotionEmbeddings.load(config.motion).source if Path(config.motion).exists() else {}
-        for name, kind in dict(model=str, frames=int, size=str, stride=int).items():
-            if name not in given and isinstance(trained.get(name), kind):
-                setattr(config, name, trained[name])
-        if "debias" not in given:
-            config.debias = None  # `run` takes it from the file
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def pick_device(name):
+    """The device that `name` means, after a trial; auto is cuda where there is one. UserError: it fails."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name).add(1).item()
+    except Exception as error:              # an unknown name, a card that is not there, a build without it
+        raise UserError(f"--device {name} fails here ({one_line(error)}); use --device cpu") from error
+    return name
+
+
+def complete(config, trained):
+    """Fills in what was not given: as the motion file was trained, as clips.json says, as the model likes it.
+
+    trained: `source` of the motion file, or {}. UserError: values that would spoil the run, missing prompts.
+    """
+    memory = dict(model=str, frames=int, size=str)
+    if not config.video and isinstance(trained.get("video"), str):
+        if Path(trained["video"]).exists():
+            config.video, memory = trained["video"], dict(memory, start=float, duration=float)
+        elif config.noise_prior > 0:
+            raise UserError(f"{config.motion} was trained on {trained['video']}, which is not there "
+                            "any more: give --video, or --noise-prior 0")
+        memory["source_prompt"] = str
+        trained = dict(trained, source_prompt=trained.get("prompt"))
+    for name, kind in memory.items():
+        if getattr(config, name) is None and isinstance(trained.get(name), kind):
+            setattr(config, name, trained[name])
+    config.model, config.start, clips = config.model or "tiny", config.start or 0.0, HERE / "data" / "clips"
+    if not config.video and not config.motion:
+        config.video = str(clips / f"{next(iter(read_json(clips / 'clips.json')))}.webp")
     for name, value in model_defaults(config.model).items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    check(config, set(given))
-    return config
-
-
-# Options that say how the embeddings are trained: they mean nothing for embeddings that come from a file.
-TRAINING = {"steps", "lr", "batch", "loss", "snapshots", "checkpointing", "levels", "mqk_dims", "mv_dims",
-            "debias_in_training"}
-INVERT_STEPS = 50                 # of the DDIM inversion, whatever --sample-steps is: the authors'
-
-
-def check(config, given):
-    """UserError for values and combinations that make no sense; given: the names on the command line."""
-    def refuse(condition, message):
-        """UserError if the condition holds."""
-        if condition:
-            raise UserError(message)
-
-    refuse(not (config.use_mqk or config.use_mv),
-           "--no-mqk and --no-mv together leave nothing to train; drop one")
-    clash = sorted(given & TRAINING) if config.motion else []
-    refuse(clash, f"--motion reuses what was trained, so --{', --'.join(c.replace('_', '-') for c in clash)} "
-                  "can have no effect; leave one of the two out")
-    refuse("mqk_dims" in given and not config.use_mqk, "--no-mqk leaves nothing for --mqk-dims; drop one")
-    refuse(given & {"mv_dims", "debias", "debias_in_training"} and not config.use_mv,
-           "--no-mv leaves nothing for --mv-dims and --debias; drop one")
-    refuse(config.motion_type == "camera" and not config.use_mqk,
-           "--motion-type camera drops MV, and --no-mqk drops the rest; leave one of the two out")
-    refuse("debias" in given and config.motion_type == "camera",
-           "--motion-type camera drops MV at inference, so --debias can have no effect; drop one")
-    refuse(not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.size),
-           f"--size {config.size}: give it as WIDTHxHEIGHT, 576x320")
-    for name, least in dict(frames=2, steps=1, batch=1, sample_steps=1, fps=1, stride=1, seed=0).items():
-        value = getattr(config, name)
-        refuse(value is not None and value < least,
-               f"--{name.replace('_', '-')} {value}: it must be at least {least}")
-    refuse(not 0 <= config.noise_prior <= 1, f"--noise-prior {config.noise_prior}: it must be within 0 and 1")
-    refuse(not 0 < config.lr < math.inf, f"--lr {config.lr}: it must be above 0")
-    refuse(not math.isfinite(config.guidance), f"--guidance {config.guidance}: it must be a number")
-    beyond = [s for s in config.snapshots if not 1 <= s <= config.steps]
-    refuse(beyond, f"--snapshots {beyond[:1]}: training has steps 1 to {config.steps}")
-    refuse(not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device),
-           f"--device {config.device}: it takes auto, cpu or cuda")
-    refuse(config.seed >= 2 ** 62, f"--seed {config.seed}: it must be below 2 ** 62")
-    refuse(config.device.startswith("cuda") and not torch.cuda.is_available(),
-           "--device cuda: no CUDA device is found here; use --device cpu")
-    refuse(config.device.startswith("cuda:") and int(config.device[5:]) >= torch.cuda.device_count(),
-           f"--device {config.device}: there are only {torch.cuda.device_count()}, counted from 0")
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.dtype == "auto":
-        config.dtype = "float16" if config.device.startswith("cuda") else "float32"
-
-
-def choose_clip(config):
-    """Fills in video, source prompt and prompts: clips that have a clips.json beside them bring theirs."""
-    recorded = {}
-    if config.motion and not config.video:           # a motion file remembers the clip that it was trained on
-        recorded = MotionEmbeddings.load(config.motion).source
-        config.video = recorded.get("video")
-        if config.source_prompt is None:
-            config.source_prompt = recorded.get("prompt")
-        if config.video and not Path(config.video).exists():
-            if config.noise_prior > 0:
-                raise UserError(f"{config.motion} was trained on {config.video}, which is not there "
-                                "any more: give --video, or --noise-prior 0")
-            config.video = None
-    if not config.video and not config.motion:
-        first = next(iter(read_json(HERE / "data" / "clips" / "clips.json")))
-        config.video = str(HERE / "data" / "clips" / f"{first}.webp")
-    if config.video:
-        listing = Path(config.video).parent / "clips.json"
-        about = read_json(listing).get(Path(config.video).stem, {}) if listing.is_file() else {}
-        if not isinstance(about, dict):
-            raise UserError(f"{listing}: the entry of {Path(config.video).stem} must be an object with "
-                            "caption and prompts")
-        if config.source_prompt is None:
-            config.source_prompt = about.get("caption")
-        config.prompts = tuple(config.prompts) or tuple(about.get("prompts", ())[:2])
+    listing = Path(config.video or "nowhere").parent / "clips.json"
+    if config.video and listing.is_file():           # clips with a clips.json beside them bring their prompts
+        with built_from(listing):
+            about = read_json(listing).get(Path(config.video).stem, {})
+            config.prompts = tuple(config.prompts) or tuple(map(str, about.get("prompts", ())[:2]))
+            if config.source_prompt is None:
+                config.source_prompt = about.get("caption")
     if not config.prompts:
         raise UserError('nothing to generate: say what the new clip shows, --prompt "..."')
     if config.source_prompt is None and not config.motion:
@@ -2264,29 +2374,27 @@ def choose_clip(config):
     if not config.video and config.noise_prior > 0:
         raise UserError("this motion file does not say which clip it was trained on: "
                         "give --video, or --noise-prior 0")
+    for f in dataclasses.fields(config):
+        least, most = f.metadata.get("within", (None, None))
+        value = getattr(config, f.name)
+        if least is not None and value is not None and not least <= value <= most:        # nan is not, either
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: it must be within {least:g} and {most:g}")
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.size):
+        raise UserError(f"--size {config.size}: give it as WIDTHxHEIGHT, 576x320")
+    beyond = [s for s in config.snapshots if not 1 <= s <= config.steps]
+    if beyond and not config.motion:
+        raise UserError(f"--snapshots {beyond[0]}: training has steps 1 to {config.steps}")
+    if config.format == "mp4":
+        program("ffmpeg", "--format mp4")
+    config.device = pick_device(config.device)
+    if config.dtype == "auto":
+        config.dtype = "float16" if config.device.startswith("cuda") else "float32"
 
 
-def describe(config, motion):
-    """What a run will do, as lines."""
-    width, height = config.width_height
-    how = f"reuse {config.motion}" if config.motion else (
-        f"train {config.steps} steps of {config.batch}, lr {config.lr}, loss {config.loss}")
-    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
-    count = sum(p.numel() for p in motion.parameters())
-    reference = f"{config.video}: {config.source_prompt or 'no caption'}" if config.video else "none"
-    return (f"model      {config.model} on {config.device}, {config.dtype}\n"
-            f"reference  {reference}\n"
-            f"clips      {config.frames} frames of {width}x{height}, {config.fps} per second\n"
-            f"motion     {how}; {parts}, {count:,} embedding parameters, debias {config.debias}, "
-            f"motion type {config.motion_type}\n"
-            f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
-            f"{config.noise_prior}, seed {config.seed}\n"
-            + "".join(f"prompt     {p}\n" for p in config.prompts) + f"results    {config.out}/")
-
-
-def latent_grid(config, vae_config):
+def latent_grid(config):
     """Latent (height, width) of the configured size."""
-    factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    with built_from(f"{config.model}: vae/config.json"):
+        factor = 2 ** (len(model_config(config.model, "vae").get("block_out_channels", (64,))) - 1)
     width, height = config.width_height
     if width % factor or height % factor:
         near = "x".join(str(max(1, round(n / factor)) * factor) for n in (width, height))
@@ -2295,140 +2403,176 @@ def latent_grid(config, vae_config):
     return height // factor, width // factor
 
 
-def learn(config, models, latents, out, settings):
-    """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
+def describe(config, motion):
+    """What a run will do, as lines."""
+    how = f"reuse {config.motion}" if config.motion else (
+        f"train {config.steps} steps of {config.batch}, lr {config.lr}, loss {config.loss}")
+    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
+    count = sum(p.numel() for p in motion.parameters())
+    return (f"model      {config.model} on {config.device}, {config.dtype}\n"
+            f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}\n"
+            f"clips      {config.frames} frames of {config.size}, {config.fps} per second\n"
+            f"motion     {how}; {parts}, {count:,} embedding parameters, debias {motion.debias}, "
+            f"motion type {config.motion_type}\n"
+            f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
+            f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}\n"
+            + "".join(f"prompt     {p}\n" for p in config.prompts) + f"results    {config.out}/")
+
+
+def set_aside(out, in_use):
+    """Moves what an earlier run.json lists to out/previous-1, -2, ...: old results do not pass for new ones.
+
+    in_use: paths that stay where they are. UserError: `out` is no place to write to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        if not (out / "run.json").is_file():
+            return
+        listed = read_json(out / "run.json").get("files", [])
+        older = next(out / f"previous-{n}" for n in range(1, 10**6) if not (out / f"previous-{n}").exists())
+        older.mkdir()
+        for path in [out / Path(str(name)).name for name in [*listed, "run.json"]]:
+            if path.is_file() and not any(other and path.samefile(other) for other in in_use):
+                os.replace(path, older / path.name)
+        print(f"the earlier results in {out} are in {older} now")
+    except OSError as error:
+        raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
+
+
+def learn(config, models, latents, text, settings, place):
+    """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file.
+
+    place(name) is the path of a result of that name.
+    """
+    options = {name: getattr(config, name) for name in TRAINING}
     # The state's name holds what determines the steps that were made, so no run continues another one's. The
-    # number of steps is not in it: an interrupted training can be continued to another end.
-    text = encode_prompt(models, [config.source_prompt])
-    digest = hashlib.sha256(repr([settings, config.lr, config.batch, config.loss, config.seed,
-                                  config.dtype]).encode())
-    # One number of each of its tensors tells a model from a retrained one.
-    weights = torch.stack([p.flatten()[0] for p in models.unet.parameters()])
-    for part in (weights, text, latents):
+    # number of steps is not in it: an interrupted training can be continued to another end. One number of
+    # each of its tensors tells a model from a retrained one.
+    same = {**options, **settings, "dtype": config.dtype, "steps": None, "checkpointing": None}
+    digest = hashlib.sha256(repr(sorted(same.items())).encode())
+    for part in (torch.stack([p.flatten()[0] for p in models.unet.parameters()]), text, latents):
         digest.update(part.float().cpu().numpy().tobytes())
-    state = out / f"training-{digest.hexdigest()[:12]}.pt"
-    source = dict(video=os.path.abspath(config.video), prompt=config.source_prompt, model=config.model,
-                  frames=config.frames, size=config.size, stride=config.stride)
+    state, folder = place(f"training-{digest.hexdigest()[:12]}.pt"), local_folder(config.model)
+    source = dict(video=os.path.abspath(config.video), prompt=config.source_prompt, frames=config.frames,
+                  size=config.size, start=config.start, duration=config.duration,
+                  model=str(folder.resolve()) if folder and config.model != "tiny" else config.model)
 
     def keep(step, motion):
-        """A snapshot, as a motion file of its own."""
+        """Saves a snapshot, as a motion file of its own."""
         if step in config.snapshots:
             motion.source = source
-            motion.save(out / f"motion-step{step}.safetensors")
+            motion.save(place(f"motion-step{step}.safetensors"))
 
-    motion = train_motion(models, latents, text, steps=config.steps, lr=config.lr, batch=config.batch,
-                          seed=config.seed, loss=config.loss, state=state, on_step=keep,
-                          checkpointing=config.checkpointing, **settings)
+    motion = train_motion(models, latents, text, state=state, on_step=keep, **options, **settings)
+    for step in config.snapshots:           # a training that was continued may have made them before
+        if not place(f"motion-step{step}.safetensors").exists():
+            print(f"no snapshot of step {step}: the training went on from a later step")
     motion.source = source
-    motion.save(out / "motion.safetensors")
-    with atomic_write(out / "loss.png") as temporary:
+    motion.save(place("motion.safetensors"))
+    with atomic_write(place("loss.png")) as temporary:
         loss_curve(motion.losses.tolist()).save(temporary)
     return motion, state
 
 
-def write_results(config, out, reference, with_motion, without):
-    """A GIF and a side-by-side GIF per prompt, and the contact sheet; clips are (F,h,w,3) uint8."""
-    shown = [] if reference is None else [("reference", reference)]
-    rows = list(shown)
-    for n, (prompt, clip, plain) in enumerate(zip(config.prompts, with_motion, without), 1):
-        name = f"{n}-" + re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        write_video(out / f"{name}.gif", clip, config.fps)
-        pair = [(prompt, clip), ("same seed, no embeddings", plain)]
-        labels, videos = zip(*shown, *pair)
-        write_video(out / f"{name}-compare.gif", side_by_side(videos, labels), config.fps)
-        rows += pair
-    with atomic_write(out / "sheet.png") as temporary:
-        contact_sheet(rows).save(temporary)
-
-
 def run(config):
     """The main job: train (or load) the reference's motion, sample every prompt, write all to config.out."""
-    choose_clip(config)
-    out, grid = Path(config.out), latent_grid(config, model_config(config.model, "vae"))
-    settings = dict(levels=config.levels or None, use_mqk=config.use_mqk, use_mv=config.use_mv,
-                    debias=config.debias, mqk_dims=config.mqk_dims, mv_dims=config.mv_dims,
-                    debias_in_training=config.debias_in_training)
-    if config.motion:
-        motion = MotionEmbeddings.load(config.motion)
+    motion = MotionEmbeddings.load(config.motion) if config.motion else None
+    complete(config, motion.source if motion else {})
+    out, grid, seconds, files, reference = Path(config.out), latent_grid(config), {}, [], None
+    if motion:
         motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
-        config.debias = motion.debias = config.debias or motion.debias       # --debias wins over the file
-        if not (motion.use_mqk or motion.use_mv and config.motion_type == "object"):
-            raise UserError(f"of {config.motion} these flags leave nothing: drop --no-mqk, --no-mv or camera")
+        motion.debias = config.debias or motion.debias       # --debias wins over the file
     else:        # these say what will be trained, and refuse what does not fit; train_motion makes its own
-        motion = MotionEmbeddings(model_config(config.model, "unet"), config.frames, *grid, **settings)
-    reference = None
+        settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
+        settings.update(levels=config.levels or None, debias=config.debias or "diff")
+        with built_from(f"{config.model}: unet/config.json"):
+            motion = MotionEmbeddings(model_config(config.model, "unet"), config.frames, *grid, **settings)
+    if not (motion.use_mqk or motion.use_mv and config.motion_type == "object"):
+        raise UserError("these flags leave nothing of the motion to use: drop --no-mqk, --no-mv or camera")
     if config.video:
-        reference = read_video(config.video, config.frames, config.width_height, config.stride)
+        part = config.start, config.duration
+        reference = read_video(config.video, config.frames, config.width_height, *part)
     print(describe(config, motion))
     if config.dry_run:
         return
-    clock, seconds = time.perf_counter(), {}
 
-    def lap(name):
-        """Ends a part of the run and notes its seconds."""
-        nonlocal clock
-        seconds[name] = round(time.perf_counter() - clock, 2)
-        clock = time.perf_counter()
+    @contextlib.contextmanager
+    def timed(name):
+        """Adds the seconds of its block to a part of the run."""
+        began = time.perf_counter()
+        yield
+        seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - began, 2)
 
-    # Everything random comes from the seed alone, so a later run with --motion and the same settings repeats
-    # these frames exactly. Training draws from `seed` itself; the two streams here have seeds of their own.
-    def generator(stream):
-        """Random numbers for one purpose."""
-        return torch.Generator().manual_seed(config.seed + stream)
+    def place(name):
+        """The path of a result, which run.json lists."""
+        files.append(name)
+        return out / name
 
-    try:  # If out is no place to write to, or anything else cannot be, say so now and not after the training.
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
-    models = load_models(config.model, config.device, getattr(torch, config.dtype))
-    models.scheduler.timesteps(config.sample_steps)          # raises if the schedule has not so many steps
-    motion.check_fits(models.unet)
-    lap("load")
+    def generator(seed):
+        """Random numbers for one purpose; all come from seeds, so equal settings repeat the same frames."""
+        return torch.Generator().manual_seed(seed)
 
-    if reference is not None:
-        latents = encode_video(models, to_model_range(reference), generator(stream=1_000_000))
-    losses = state = None
+    with timed("load"):
+        models = load_models(config.model, config.device, getattr(torch, config.dtype))
+        motion.check_fits(models.unet)
+        for steps in (config.sample_steps, INVERT_STEPS):    # more than the schedule has? Now, not later
+            models.scheduler.timesteps(steps)
+        set_aside(out, (config.motion, config.video))
+    with timed("encode"):
+        source, empty, negative, *texts = (encode_prompt(models, [text]) for text in (
+            config.source_prompt or "", "", config.negative_prompt, *config.prompts))
+        if reference is not None:            # one sample for every seed, so that --seeds and --seed agree
+            latents = encode_video(models, to_model_range(reference), generator(1_000_000))
+    state = None
     if config.motion:
-        motion = motion.to(models.device)
+        motion.to(models.device)
     else:
-        motion, state = learn(config, models, latents, out, settings)
-        losses = motion.losses.tolist()
-        lap("train")
+        with timed("train"):
+            motion, state = learn(config, models, latents, source, settings, place)
+    losses = None if config.motion else motion.losses.tolist()
     motion.use_mv &= config.motion_type == "object"
-
-    shape = (1, models.unet.conv_in.in_channels, config.frames, *grid)
-    noise = torch.randn(shape, generator=generator(stream=2_000_000)).to(models.device)
     if config.noise_prior > 0:
-        inverted = ddim_invert(models, latents, encode_prompt(models, [""]), INVERT_STEPS)
-        noise = blend_noise(inverted, noise, config.noise_prior)
-        lap("invert")
-    negative = encode_prompt(models, [config.negative_prompt])
+        with timed("invert"):
+            inverted = ddim_invert(models, latents, empty, INVERT_STEPS)
 
-    def generate(embeddings):
-        """One clip per prompt, uint8. All start from the same noise; one after the other, to save memory."""
-        texts = [encode_prompt(models, [prompt]) for prompt in config.prompts]
-        results = [sample(models, noise, text, negative, config.sample_steps, config.guidance, embeddings)
-                   for text in texts]
-        return [to_uint8(decode_video(models, result)[0]) for result in results]
-
-    with_motion, without = generate(motion), generate(None)
-    lap("sample")
-    write_results(config, out, reference, with_motion, without)
-    lap("write")
+    shown = [] if reference is None else [("reference", reference)]
+    rows, shape = list(shown), (1, models.unet.conv_in.in_channels, config.frames, *grid)
+    for seed in range(config.seed, config.seed + config.seeds):
+        noise = torch.randn(shape, generator=generator(2_000_000 + seed)).to(models.device)
+        if config.noise_prior > 0:
+            noise = blend_noise(inverted, noise, config.noise_prior)
+        for n, (prompt, text) in enumerate(zip(config.prompts, texts), 1):
+            name, clips = f"{n}-" + re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60], []
+            if config.seeds > 1:
+                name, prompt = f"{name}-seed{seed}", f"{prompt} (seed {seed})"
+            for title, learned in [(prompt, motion), ("same seed, no embeddings", None)][:1 + config.compare]:
+                with timed("sample"):        # one after the other, to save memory
+                    latent = sample(models, noise, text, negative, config.sample_steps, config.guidance,
+                                    learned)
+                    clips.append((title, to_uint8(decode_video(models, latent)[0])))
+            with timed("write"):
+                write_video(place(f"{name}.{config.format}"), clips[0][1], config.fps)
+                labels, videos = zip(*shown, *clips)
+                beside = place(f"{name}-compare.{config.format}")
+                write_video(beside, side_by_side(videos, labels), config.fps)
+                rows += clips
+    with timed("write"), atomic_write(place("sheet.png")) as temporary:
+        contact_sheet(rows).save(temporary)
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
     used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
     untrained = dict.fromkeys(TRAINING) if config.motion else {}
     with atomic_write(out / "run.json") as temporary:
         temporary.write_text(json.dumps(dict(
-            config={**dataclasses.asdict(config), **untrained, **used}, invert_steps=INVERT_STEPS,
-            seconds=seconds, losses=losses, peak_cuda_bytes=peak,
+            config={**dataclasses.asdict(config), **untrained, **used, "seed": config.seed},
+            files=sorted(set(files)), invert_steps=INVERT_STEPS, seconds=seconds, losses=losses,
+            peak_cuda_bytes=peak,
             embedding_parameters=sum(p.numel() for p in motion.parameters()),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__)), indent=1))
     if state:
         state.unlink(missing_ok=True)                        # only now: an interrupted sampling needs it, too
-    print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.gif and {out}/sheet.png")
+    print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, {out}/sheet.png")
 
 
 OUT_OF_MEMORY = ("out of memory: take fewer --frames or a smaller --size, "
@@ -2437,6 +2581,9 @@ OUT_OF_MEMORY = ("out of memory: take fewer --frames or a smaller --size, "
 
 def guarded(job):
     """Runs job(); returns the exit status: 0, or 2 after one line that says what is wrong and what to do."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):      # what a console cannot print comes as a substitute
+            stream.reconfigure(errors="replace")
     try:
         job()
         return 0

@@ -30,12 +30,12 @@ PROMPTS = 48             # prompts to sample, for targets 2 and 3
 REAL = 288               # real clips for targets 2 and 3: every caption once
 HELD = 48                # real clips for target 1
 CLIPS = 12               # reference clips for target 4
-GROUP = 6                # of them trained, and sampled, as one batch
 BATCH = 8                # clips sampled as one batch
 GRID, STILL = 16, 0.5    # tracked points per side; pixels per frame below which something rests
 SEEDS = 9_000_000        # where the seeds of this file's scenes begin; make_tiny.py's pools end before
 ATTRIBUTES = ("shape", "sprite colour", "background pattern", "background colour")
 SETTINGS = mini_mi.MODEL_DEFAULTS["tiny"]
+TRAINING = ("steps", "lr", "batch")                    # those of train_motion
 
 
 class Row(NamedTuple):
@@ -122,6 +122,47 @@ def target_vae(models):
     return [mean_row("1 VAE, PSNR of held-out clips at 64x64, mean over clips", values, ">= 32 dB",
                      lambda mean: mean >= 32, 2, " dB"),
             Row("1 the same from the error over all clips", "", f"{pooled:.2f} dB", "", str(len(values)))]
+
+
+def latent_blocks(models, frames):
+    """frames (N,64,64,3) uint8 -> latents (N*64, C) and the mean RGB of their 8x8 pixels (N*64, 3)."""
+    video = mini_mi.to_model_range(frames)
+    latents = mini_mi.encode_video(models, video).cpu()
+    pixels = torch.nn.functional.avg_pool2d(video[0].transpose(0, 1), models.vae.factor)      # (N, 3, H, W)
+    return latents[0].permute(1, 2, 3, 0).flatten(0, 2).double(), pixels.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def target_latents(models):
+    """Is colour smooth in the latent space? Named before the autoencoder was trained.
+
+    An autoencoder that had seen ten colours placed green opposite to all others, and motion inversion then
+    failed on every clip with green: "a sprite is here" was one direction for five colours, another for green.
+    """
+    rng = np.random.default_rng(SEEDS)
+    fits = []
+    for i in range(HELD):
+        scene = world.scene(SEEDS + i, world.HELDOUT_MOTIONS)
+        scene.update(colour=tuple(rng.uniform(0, 255, 3)), background=tuple(rng.uniform(0, 255, 3)))
+        fits.append(latent_blocks(models, world.render(scene, frames=4)))
+    z, y = (torch.cat(part).numpy() for part in zip(*fits))
+    half = len(z) // 2                                        # the map is fitted on other clips than it is judged on
+    design = np.concatenate([z, np.ones((len(z), 1))], 1)
+    rest = y[half:] - design[half:] @ np.linalg.lstsq(design[:half], y[:half], rcond=None)[0]
+    r2 = 1 - (rest ** 2).sum() / ((y[half:] - y[half:].mean(0)) ** 2).sum()
+    alike = []
+    for background in world.BACKGROUNDS:
+        steps = []
+        for colour in world.COLOURS:
+            scene = world.scene(SEEDS, ["line"], world.describe("circle", colour, "plain", background))
+            frames = world.render(scene)
+            inside = (frames.max(-1) > 150).reshape(len(frames), 8, 8, 8, 8).mean((2, 4)).ravel()
+            latents = latent_blocks(models, frames)[0]
+            steps.append(latents[inside > 0.99].mean(0) - latents[inside == 0].mean(0))
+        alike += [bool(a @ b > 0) for a, b in itertools.combinations(steps, 2)]
+    return [Row("1 latents: R2 of a linear map to the mean RGB of a block, colours never seen", ">= 0.9",
+                f"{r2:.3f}", "", f"{len(z) - half} blocks", bool(r2 >= 0.9)),
+            share_row('1 latents: pairs of sprite colours whose "sprite minus background" points the same way',
+                      alike, ">= 95 %", lambda share: share >= 0.95)]
 
 
 # ------------------------------------------------------------------------------------------------ 2: the text
@@ -249,28 +290,25 @@ def target_motion(judge, sampled, prompts):
 # ----------------------------------------------------------------------------------------------- 4: inversion
 
 def target_inversion(models, judge):
-    """The method on reference clips of held-out motions, and its brackets; a prompt and a seed per clip."""
+    """The method on reference clips of held-out motions, and what bounds it; a prompt and a seed per clip."""
     index = list(mini_mi.read_json(HERE / "clips" / "clips.json").items())[:CLIPS]
     scores, seconds = [], 0.0
-    for start in range(0, len(index), GROUP):
-        group = index[start:start + GROUP]
-        clips = [world.read_clip(HERE / "clips" / f"{name}.webp") for name, _ in group]
-        prompts = [about["prompts"][0] for _, about in group]
-        captions = [about["caption"] for _, about in group]
-        latents = mini_mi.encode_video(models, torch.cat(list(map(mini_mi.to_model_range, clips))))
+    empty, training = mini_mi.encode_prompt(models, [""]), {name: SETTINGS[name] for name in TRAINING}
+    for number, (name, about) in enumerate(tqdm(index, desc="4 inversion", unit="clip")):
+        clip, prompt = world.read_clip(HERE / "clips" / f"{name}.webp"), about["prompts"][0]
+        latents = mini_mi.encode_video(models, mini_mi.to_model_range(clip))
         began = time.perf_counter()
-        motion = mini_mi.train_motion(models, latents, mini_mi.encode_prompt(models, captions),
-                                      steps=SETTINGS["steps"], lr=SETTINGS["lr"], batch=SETTINGS["batch"])
+        motion = mini_mi.train_motion(models, latents, mini_mi.encode_prompt(models, [about["caption"]]),
+                                      **training, progress=False)
         seconds += time.perf_counter() - began
-        inverted = mini_mi.ddim_invert(models, latents, mini_mi.encode_prompt(models, [""] * len(group)))
-        noise = fresh_noise(models, len(group), seed=start + 1)
+        inverted = mini_mi.ddim_invert(models, latents, empty, progress=False)
+        noise = fresh_noise(models, 1, seed=number + 1)
         blend = mini_mi.blend_noise(inverted, noise, 0.5)
         jobs = {"full": (blend, motion), "base": (blend, None), "base-no-inversion": (noise, None)}
-        videos = {name: generate(models, begin, prompts, embeddings) for name, (begin, embeddings) in tqdm(
-            jobs.items(), desc="4 sampling", unit="variant")}
-        videos["vae"] = list(map(mini_mi.to_uint8, mini_mi.decode_video(models, latents)))
-        for i, clip in enumerate(clips):
-            scores.append(judged(judge, clip, prompts[i], captions[i], {k: v[i] for k, v in videos.items()}))
+        videos = {what: generate(models, begin, [prompt], with_motion)[0]
+                  for what, (begin, with_motion) in jobs.items()}
+        videos["vae"] = mini_mi.to_uint8(mini_mi.decode_video(models, latents)[0])
+        scores.append(judged(judge, clip, prompt, about["caption"], videos))
     speed = f"{seconds / len(index):.1f}"
     return inversion_rows(scores) + [
         Row("4 training of the embeddings, seconds per clip", "", speed, "", str(len(index)))]
@@ -383,7 +421,7 @@ def check(folder, device):
     """Measures all five targets on the model folder and prints them; returns the rows."""
     began = time.perf_counter()
     models, judge = mini_mi.load_models(str(folder), device), Judge(folder, device)
-    rows = target_vae(models)
+    rows = target_vae(models) + target_latents(models)
     order = np.random.default_rng(0).permutation(len(judge.captions))[:PROMPTS]
     prompts = [judge.captions[i] for i in order]
     noise, sampled = fresh_noise(models, len(prompts), seed=0), []

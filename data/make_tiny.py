@@ -10,7 +10,7 @@ random weights), so later sittings, each with a `--work` folder of its own, impr
 ends by writing its part of data/tiny and drawing data/curves.png anew. data/README.md tells why each is as it
 is.
 
-    vae      the autoencoder                    L1 + MSE + 1e-5 KL on single frames
+    vae      the autoencoder                    L1 + MSE + 1e-5 KL, latents linear in colour, on single frames
     clip     tiny CLIP, whose text tower is     contrastive: which caption belongs to which frame
              the video model's text encoder
     images   the UNet on single frames          v-prediction, min-SNR weights: appearance, cheaply
@@ -66,12 +66,13 @@ SPECIAL = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token
 
 # stage      steps  batch  peak learning rate; the batch counts frames for vae, clip and images, else clips.
 STAGES = {
-    "vae":    (3000, 32, 2e-3),
+    "vae":    (4500, 32, 2e-3),
     "clip":   (900, 64, 1e-3),
     "images": (800, 64, 1.5e-3),
     "clips8": (800, 16, 1e-3),
     "clips":  (10000, 8, 7e-4),
 }
+LINEAR = 0.05          # weight of 1 - R2 in the autoencoder's loss, see linear_fit
 SAVE_EVERY = 30        # seconds between two states of a stage
 EMPTY = 0.1            # share of empty captions: guidance and the empty-prompt inversion need them
 
@@ -145,10 +146,33 @@ def train(stage, model, loss_of, args, watch=None):
     return ema
 
 
+def coloured_pool(count, seed, share=0.5):
+    """uint8 (4*count,64,64,3): four frames of each scene. `share` of the scenes have colours of any kind."""
+    rng, frames = np.random.default_rng(seed), []
+    for i in tqdm(range(count), desc="rendering", unit="scene", leave=False):
+        scene = world.scene(seed * 1_000_000 + i)
+        if rng.random() < share:
+            scene.update(colour=tuple(rng.uniform(0, 255, 3)), background=tuple(rng.uniform(0, 255, 3)))
+        frames.append(world.render(scene, frames=4))
+    return torch.from_numpy(np.concatenate(frames))
+
+
+def linear_fit(z, x):
+    """R2 of the best affine map from latents z (N,4,8,8) to the mean RGB of their blocks of x (N,3,64,64).
+
+    One minus it is a term of the loss: latents of real models are nearly linear in colour, since these have
+    seen all colours. An autoencoder that has seen few places each wherever it likes.
+    """
+    z = z.float().permute(0, 2, 3, 1).flatten(0, 2)
+    y = F.avg_pool2d(x, x.shape[-1] // 8).permute(0, 2, 3, 1).flatten(0, 2)
+    z, y = z - z.mean(0), y - y.mean(0)
+    slope = torch.linalg.solve(z.T @ z + 1e-4 * len(z) * torch.eye(z.shape[1], device=z.device), z.T @ y)
+    return 1 - (y - z @ slope).square().sum() / y.square().sum()
+
+
 def train_vae(args):
-    """Pictures to latents and back, on single frames of the training motions."""
-    clips, _ = pool(args.pool, seed=1)
-    frames = clips.flatten(0, 1)
+    """Pictures to latents and back, on single frames of the training motions in colours of all kinds."""
+    frames = coloured_pool(4 * args.pool, seed=1)
     held, _ = pool(16, seed=2, motions=world.HELDOUT_MOTIONS)
     held = pixels(held[:, ::5].flatten(0, 1), args.device)
     batch = STAGES["vae"][1]
@@ -163,8 +187,9 @@ def train_vae(args):
             y = model.decode(z).float()
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = (y - x).abs().mean() + (y - x).square().mean() + 1e-5 * kl
-        return loss, dict(psnr=psnr(y.detach(), x), kl=kl.item())
+        fit = linear_fit(mean, x)
+        loss = (y - x).abs().mean() + (y - x).square().mean() + 1e-5 * kl + LINEAR * (1 - fit)
+        return loss, dict(psnr=psnr(y.detach(), x), r2=fit.item(), kl=kl.item())
 
     @torch.no_grad()
     def watch(model, path):
@@ -173,7 +198,8 @@ def train_vae(args):
         rows = torch.stack([held, y], 1).clamp(-1, 1)[:12].flatten(0, 1)         # real, decoded, real, ...
         sheet = rows.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         Image.fromarray(((sheet + 1) * 127.5).round().byte().cpu().numpy()).save(path)
-        print(f"\n{path.name}: PSNR on held-out motions {psnr(y, held):.2f} dB", flush=True)
+        print(f"\n{path.name}: PSNR on held-out motions {psnr(y, held):.2f} dB, "
+              f"R2 {linear_fit(model.encode(held)[0], held):.3f}", flush=True)
 
     model = train("vae", model, loss_of, args, watch)
     with torch.no_grad():                        # the diffusion model wants latents of standard deviation 1
@@ -410,6 +436,13 @@ def draw_curves(work, file=HERE / "curves.png"):
     image.quantize(64).save(file, optimize=True)
 
 
+def ticks_within(low, high):
+    """About five round numbers within [low, high]: 1, 2 or 5 times a power of ten apart."""
+    step = 10 ** math.floor(math.log10((high - low) / 5))
+    step *= next(factor for factor in (1, 2, 5, 10) if factor * step * 6 >= high - low)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def curve(draw, font, zoom, corner, size, entries, name):
     """One panel: pale dots, their moving average as a line. Losses have a logarithmic axis."""
     (left, top), (width, height) = corner, (side * zoom for side in size)
@@ -427,7 +460,7 @@ def curve(draw, font, zoom, corner, size, entries, name):
         """Its pixel in the picture."""
         return left + width * step / max(1, steps[-1]), top + height * (1 - (value - low) / (high - low))
 
-    ticks = mini_mi._ticks(low, high)
+    ticks = ticks_within(low, high)
     if log:
         ticks = [n * 10.0 ** power for power in range(-6, 3) for n in range(1, 10)]
         ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]

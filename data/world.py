@@ -11,26 +11,28 @@ has not seen has to be inverted.
 
 All geometry is in pixels of a 64-pixel picture, x to the right and y DOWN, and scales with the size that
 is rendered. Time t runs from 0 (first frame) to 1 (last frame): more frames show the same path more slowly.
-`python data/world.py` writes the reference clips to data/clips/; `python data/world.py FOLDER` writes other
-clips of the same motions there, to choose settings by.
+`python data/world.py` writes the reference clips to data/clips/; `--split validation` gives others of the same
+motions, to choose settings by.
 """
 
+import argparse
 import json
-import sys
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.interpolate
 from PIL import Image, ImageSequence
 
 SIZE, FRAMES, FPS = 64, 16, 10
 
-# Sprites are saturated and bright, backgrounds dark and muted: every sprite stands out against every
-# background. The two sets share no name, so that every word of a caption means one thing only.
-COLOURS = {"red": (235, 40, 35), "green": (60, 220, 60), "blue": (60, 110, 255),
-           "yellow": (255, 225, 40), "magenta": (245, 65, 225), "white": (250, 250, 250)}
-BACKGROUNDS = {"grey": (84, 86, 90), "brown": (100, 64, 32), "purple": (74, 40, 104), "teal": (14, 86, 92)}
+# Sprites are light, backgrounds dark and muted: every sprite stands out against every background, and in RGB
+# "sprite minus background" points the same way for all pairs of colours (tests/test_world.py). The two sets
+# share no name, so that every word of a caption means one thing only.
+COLOURS = {"red": (255, 105, 95), "green": (115, 238, 115), "blue": (120, 160, 255),
+           "yellow": (255, 232, 90), "magenta": (252, 125, 238), "white": (250, 250, 250)}
+BACKGROUNDS = {"grey": (72, 74, 78), "brown": (88, 56, 28), "purple": (64, 34, 92), "teal": (12, 74, 80)}
 
 TAU = 2 * np.pi
 
@@ -221,7 +223,7 @@ def arc(rng, t):
 
 def circle(rng, t):
     """Most of a circle or all of it, either way."""
-    x, y = turn(rng.uniform(0, TAU) + either(rng) * rng.uniform(0.7, 1) * TAU * t, rng.uniform(8, 15))
+    x, y = turn(rng.uniform(0, TAU) + either(rng) * rng.uniform(0.7, 1) * TAU * t, rng.uniform(8, 18))
     return Trajectory(x, y)
 
 
@@ -271,6 +273,35 @@ def pan_line(rng, t, between=(0, TAU / 3)):
 def pan_counter(rng, t):
     """The sprite moves against the background: the camera pans the way the sprite goes."""
     return pan_line(rng, t, between=(0.47 * TAU, 0.5 * TAU))
+
+
+def wander(rng, t):
+    """A smooth curve through random points, slow or fast, that may turn the sprite with it.
+
+    It belongs to no kind; speed, turning and extent reach those of the held-out motions.
+    """
+    corners = rng.uniform(-1, 1, size=(rng.integers(5, 12), 2))
+    curve = scipy.interpolate.CubicSpline(np.linspace(0, 1, len(corners)), corners)
+    tilt = rng.choice((0, 1)) * rng.uniform(-1.2, 1.2) * np.sin(TAU * t)
+    # Passed through at even speed; the spline's own would be fast in the middle and slow at its bends.
+    x, y = polyline(t, *curve(np.linspace(0, 1, 121)).T)
+    return fitted(rng, x, y, curve(np.linspace(0, 1, 121)), tilt)
+
+
+def dart(rng, t):
+    """Straight from one random point to the next, at constant speed."""
+    corners = rng.uniform(-1, 1, size=(rng.integers(4, 8), 2))
+    return fitted(rng, *polyline(t, *corners.T), corners)
+
+
+def fitted(rng, x, y, outline, angle=0.0):
+    """The path (x, y) at a random size: up to 40 pixels wide, from 24 to 140 long.
+
+    outline (n, 2): the points that tell its length and its extent.
+    """
+    length, extent = np.hypot(*np.diff(outline, axis=0).T).sum(), np.ptp(outline, axis=0).max()
+    size = np.clip(rng.uniform(0.45, 1) * 40 / extent, 24 / length, 140 / length)
+    return Trajectory(size * x, size * y, angle=angle)
 
 
 def figure_eight(rng, t):
@@ -326,7 +357,7 @@ def heart(rng, t):
 
 TRAIN_MOTIONS = {f.__name__: f for f in (
     rest, line, accelerate, there_and_back, corner, zigzag, bounce, hop, arc, circle, ellipse,
-    zoom_in, zoom_out, spin, roll, pan, pan_line)}
+    zoom_in, zoom_out, spin, roll, pan, pan_line, wander, dart)}
 HELDOUT_MOTIONS = {f.__name__: f for f in (
     figure_eight, spiral, s_curve, pendulum, staircase, loop, heart, pan_counter)}
 MOTIONS = {**TRAIN_MOTIONS, **HELDOUT_MOTIONS}
@@ -394,7 +425,14 @@ def path(scene, frames=FRAMES):
 
 
 def render(scene, frames=FRAMES, size=SIZE):
-    """Scene -> (frames, size, size, 3) uint8 RGB. All frames at once: arrays are (frames, size, size)."""
+    """Scene -> (frames, size, size, 3) uint8 RGB. All frames at once: arrays are (frames, size, size).
+
+    A scene's "colour" and "background" may also be RGB triples: the autoencoder learns on any colours.
+    """
+    def rgb(names, colour):
+        """(3,) float32 of a name or a triple."""
+        return np.float32(names[colour] if isinstance(colour, str) else colour)
+
     # float32 halves the time; an extra (1, 1) on every path lets it broadcast against the picture.
     course = Trajectory(*(values.astype(np.float32)[:, None, None] for values in trajectory(scene, frames)))
     pixel = np.float32(SIZE / size)
@@ -403,7 +441,7 @@ def render(scene, frames=FRAMES, size=SIZE):
 
     offset_x, offset_y = np.float32(scene["offset"])
     tone = PATTERNS[scene["pattern"]](x + course.camera_x + offset_x, y + course.camera_y + offset_y)
-    ground = (1 + np.float32(CONTRAST) * tone)[..., None] * np.float32(BACKGROUNDS[scene["background"]])
+    ground = (1 + np.float32(CONTRAST) * tone)[..., None] * rgb(BACKGROUNDS, scene["background"])
 
     # Look up the shape in the sprite's own coordinates: moved back, turned back, in units of the radius.
     radius = np.float32(scene["radius"]) * course.scale
@@ -411,47 +449,43 @@ def render(scene, frames=FRAMES, size=SIZE):
     distance = SHAPES[scene["shape"]](u, v) * (radius / pixel)
     # One pixel of antialiasing: a pixel whose centre lies on the outline is half covered.
     cover = np.clip(np.float32(0.5) - distance, 0, 1)[..., None]
-    ground += cover * (np.float32(COLOURS[scene["colour"]]) - ground)
-    return (ground + np.float32(0.5)).astype(np.uint8)
+    ground += cover * (rgb(COLOURS, scene["colour"]) - ground)
+    return (ground.clip(0, 255) + np.float32(0.5)).astype(np.uint8)
 
 
 # -------------------------------------------------------------------------------------------- reference clips
-# name: (held-out motion, seed, appearance). The first clip is the project's default.
-CLIPS = {
-    "figure_eight": ("figure_eight", 44, "a white circle on a purple striped background"),
-    "spiral": ("spiral", 4, "a yellow circle on a purple plain background"),
-    "s_curve": ("s_curve", 11, "a white triangle on a brown striped background"),
-    "pendulum": ("pendulum", 2, "a green square on a grey plain background"),
-    "staircase": ("staircase", 5, "a magenta circle on a teal striped background"),
-    "loop": ("loop", 13, "a blue star on a brown checkered background"),
-    "heart": ("heart", 16, "a magenta triangle on a grey striped background"),
-    "pan_counter": ("pan_counter", 14, "a yellow square on a teal checkered background"),
-    "figure_eight_2": ("figure_eight", 36, "a red star on a teal checkered background"),
-    "spiral_2": ("spiral", 12, "a green star on a brown plain background"),
-    "s_curve_2": ("s_curve", 15, "a blue square on a grey checkered background"),
-    "pan_counter_2": ("pan_counter", 9, "a red triangle on a purple striped background"),
-}
+# References are drawn, not placed: clip `index` of a split is a function of these two. No clip is chosen or
+# dropped by what a model does with it; settings are chosen on "validation", and "test" is only measured.
+SPLITS = {"test": 40_000_000, "validation": 50_000_000}        # first seeds; training and checks end far below
+COMMITTED = 12                                                 # clips of "test" that lie in data/clips
 
-# Other clips of the same motions, to choose settings by: what was chosen on CLIPS would flatter itself there.
-VALIDATION = {
-    "figure_eight_v": ("figure_eight", 101, "a green triangle on a brown checkered background"),
-    "spiral_v": ("spiral", 102, "a blue square on a teal plain background"),
-    "s_curve_v": ("s_curve", 103, "a magenta star on a purple checkered background"),
-    "pendulum_v": ("pendulum", 104, "a white circle on a teal striped background"),
-    "staircase_v": ("staircase", 105, "a yellow star on a grey checkered background"),
-    "loop_v": ("loop", 106, "a red circle on a brown plain background"),
-    "heart_v": ("heart", 107, "a white square on a purple plain background"),
-    "pan_counter_v": ("pan_counter", 108, "a blue circle on a grey striped background"),
-}
+
+def reference(split, index):
+    """The index-th reference clip of a split as a dict: name, seed, motion, caption, prompts.
+
+    Held-out motions come in turn, in the order of HELDOUT_MOTIONS; appearance and target prompts are drawn.
+    Its frames are `render(scene(seed, [motion], caption))`.
+    """
+    seed, (turns, kind) = SPLITS[split] + index, divmod(index, len(HELDOUT_MOTIONS))
+    motion = list(HELDOUT_MOTIONS)[kind]
+    rng = generator(seed, APPEARANCE)
+    words = describe(*(str(rng.choice(names)) for names in
+                       (list(SHAPES), list(COLOURS), patterns_for(motion), list(BACKGROUNDS))))
+    name = motion + (f"_{turns + 1}" if turns else "") + {"test": "", "validation": "_v"}[split]
+    return {"name": name, "seed": seed, "motion": motion, "caption": words,
+            "prompts": target_prompts(words, seed, motion)}
+
+
+def patterns_for(motion):
+    """Names of the patterns that show a motion: on a plain background nobody sees the camera move."""
+    return [name for name in PATTERNS if motion != "pan_counter" or name != "plain"]
 
 
 def target_prompts(reference, seed, motion):
     """Three captions that differ from `reference` everywhere, and from each other in all but the pattern."""
     rng = np.random.default_rng(seed)
-    # A plain background would hide a camera motion.
-    patterns = [name for name in PATTERNS if motion != "pan_counter" or name != "plain"]
     choices = []
-    for own, names in zip(attributes(reference), (SHAPES, COLOURS, patterns, BACKGROUNDS)):
+    for own, names in zip(attributes(reference), (SHAPES, COLOURS, patterns_for(motion), BACKGROUNDS)):
         others = rng.permutation([name for name in names if name != own])
         choices.append([str(others[i % len(others)]) for i in range(3)])
     return [describe(*words) for words in zip(*choices)]
@@ -463,27 +497,28 @@ def read_clip(file):
         return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
-def write_clips(folder, clips):
-    """Write reference clips as lossless animated WebP, and clips.json with what is known about them."""
+def write_clips(folder, split="test", count=COMMITTED):
+    """Write the first `count` references of a split as lossless animated WebP, and clips.json about them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    for name, (motion, seed, words) in clips.items():
-        frames = render(scene(seed, [motion], words))
+    for about in (reference(split, i) for i in range(count)):
+        frames = render(scene(about["seed"], [about["motion"]], about["caption"]))
         first, *rest_of_them = [Image.fromarray(frame) for frame in frames]
+        name = about.pop("name")
         file = folder / f"{name}.webp"
         first.save(file, save_all=True, append_images=rest_of_them, duration=1000 // FPS, loop=0,
                    lossless=True, quality=100, method=6)
         # The encoder merges equal neighbours, which would shorten the clip: refuse such a clip.
         if not np.array_equal(read_clip(file), frames):
             raise RuntimeError(f"{file} does not read back as it was rendered")
-        index[name] = {"caption": words, "motion": motion, "seed": seed,
-                       "prompts": target_prompts(words, seed, motion)}
+        index[name] = about
     (folder / "clips.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        write_clips(sys.argv[1], VALIDATION)
-    else:
-        write_clips(Path(__file__).parent / "clips", CLIPS)
+    parser = argparse.ArgumentParser(description="Writes reference clips of the tiny world.")
+    parser.add_argument("folder", nargs="?", default=Path(__file__).parent / "clips")
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--count", type=int, default=COMMITTED)
+    write_clips(**vars(parser.parse_args()))

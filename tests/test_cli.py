@@ -119,14 +119,14 @@ def test_reused_motion_gives_the_same_frames(start, capsys):
 
 
 def test_a_motion_file_remembers_how_its_clip_was_read(start, clip, tmp_path, capsys):
-    """Model, frames, size and stride are those of the training, unless they are given; so is the prompt."""
-    _, first = start("--stride", 1, small=[*SMALL[:3], "40x32", *SMALL[4:]], prior="0.5")
+    """Model, frames, size and part are those of the training, unless they are given; so is the prompt."""
+    _, first = start("--start", 0.125, "--duration", 0.5, small=[*SMALL[:3], "40x32", *SMALL[4:]], prior="0.5")
     motion = first / "motion.safetensors"
     status, again = start("--motion", motion, small=SMALL[6:], shows=SHOWS[2:], video=None, model=None,
                           prior="0.5", out="again")
     assert status == 0 and gifs(again) == gifs(first)
     config = json.loads((again / "run.json").read_text())["config"]
-    remembered = dict(frames=4, size="40x32", stride=1, source_prompt="a red star")
+    remembered = dict(frames=4, size="40x32", start=0.125, duration=0.5, source_prompt="a red star")
     assert {name: config[name] for name in remembered} == remembered
     assert config["steps"] is config["lr"] is None and config["use_mqk"]      # nothing was trained here
     status, other = start("--motion", motion, "--frames", 3, "--size", "16x16", small=SMALL[6:],
@@ -172,7 +172,7 @@ def test_ablations_save_embeddings_without_the_part(start, flag, gone, left):
     ["--mqk-dims", 2, "--mv-dims", 1, "--debias", "mean", "--levels", "0"],
     ["--debias-in-training", "--guidance", 1],
     ["--loss", "debiased", "--checkpointing", "--dtype", "bfloat16"],
-    ["--stride", 1, "--negative-prompt", "blurry"]])
+    ["--start", 0.25, "--duration", 0.5, "--negative-prompt", "blurry"]])
 def test_other_settings_run(start, flags):
     """Every switch reaches the run, and the record."""
     status, out = start(*flags)
@@ -212,7 +212,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     for flag in ("no-mqk no-mv debias mqk-dims mv-dims motion-type video source-prompt prompt motion steps "
-                 "lr negative-prompt loss sample-steps guidance noise-prior frames size stride fps seed "
+                 "lr negative-prompt loss sample-steps guidance noise-prior frames size start duration format seeds no-compare fps seed "
                  "device dtype model out levels snapshots dry-run").split():
         assert f"--{flag}" in text
     assert "0.02" in text and "576x320" in text and "default: diff" in text
@@ -257,7 +257,7 @@ def make_bad_video(kind, path, clip):
         data[6:10] = b"\xff\xff\xff\xff"  # 65535 x 65535 pixels
         path.write_bytes(data)
     elif kind == "pixel":
-        mini_mi.write_video(path, np.zeros((6, 1, 1, 3), np.uint8), 8)
+        mini_mi.write_video(path, np.arange(18, dtype=np.uint8).reshape(6, 1, 1, 3) * 14, 8)
     elif kind == "short":
         mini_mi.write_video(path, moving_square(3), 8)
     elif kind in ("mixed", "nothing"):
@@ -269,7 +269,7 @@ def make_bad_video(kind, path, clip):
 
 @pytest.mark.parametrize("name, kind, match", [
     ("x.gif", "missing", "does not exist"), ("x.gif", "empty", "is empty"), ("x.mp4", "empty", "is empty"),
-    ("x.gif", "truncated", "damaged|truncated"), ("x.gif", "text", "no picture"),
+    ("x.gif", "truncated", "damaged|truncated"), ("x.gif", "text", "no video|ffmpeg"),
     ("x.mp4", "text", "no video|ffmpeg"),
     ("x.bin", "text", "no video|ffmpeg"), ("x.gif", "bomb", "too many pixels"), ("x.gif", "pixel", "1, 1"),
     ("x.gif", "short", "has 3 frames, but 4"), ("x", "mixed", "mixes frames"),
@@ -280,21 +280,22 @@ def test_bad_videos(bad, tmp_path, clip, name, kind, match):
 
 
 @pytest.mark.parametrize("match, arguments", [
-    ("nothing to train", ["--no-mqk", "--no-mv"]), ("--mqk-dims", ["--no-mqk", "--mqk-dims", 2]),
-    ("--mv-dims", ["--no-mv", "--mv-dims", 1]), ("--debias", ["--no-mv", "--debias", "mean"]),
-    ("--debias", ["--motion-type", "camera", "--debias", "mean"]), ("--steps", ["--motion", "x.safetensors"]),
+    ("nothing", ["--no-mqk", "--no-mv"]), ("nothing", ["--no-mqk", "--motion-type", "camera"]),
+    ("--start", ["--start", -1]), ("--start", ["--start", 99]), ("--duration", ["--duration", 0]),
+    ("--seeds", ["--seeds", 0]), ("--format", ["--format", "avi"]),
     ("WIDTHxHEIGHT", ["--size", "big"]), ("WIDTHxHEIGHT", ["--size", "0x32"]),
     ("WIDTHxHEIGHT", ["--size", "32"]),
     ("multiples of 8", ["--size", "36x32"]), ("--frames", ["--frames", 1]),
     ("--frames", ["--frames", "many"]),
     ("--steps", ["--steps", 0]), ("--lr", ["--lr", 0]), ("--lr", ["--lr", "nan"]),
     ("--noise-prior", ["--noise-prior", 2]),
-    ("--guidance", ["--guidance", "nan"]), ("--seed", ["--seed", -1]), ("--stride", ["--stride", 0]),
+    ("--guidance", ["--guidance", "nan"]), ("--seed", ["--seed", -1]), 
     ("--fps", ["--fps", 0]), ("--snapshots", ["--snapshots", "3"]), ("--snapshots", ["--snapshots", "x"]),
     ("levels", ["--levels", "1"]), ("levels", ["--levels", "7"]), ("--frobnicate", ["--frobnicate"]),
     ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 0]),
     ("steps", ["--sample-steps", 1000]),
-    ("--device", ["--device", "gpu"]), ("--dtype", ["--dtype", "float8"])])
+    ("--device gpu fails", ["--device", "gpu"]), ("--device cuda:99", ["--device", "cuda:99"]),
+    ("--device meta", ["--device", "meta"]), ("--dtype", ["--dtype", "float8"])])
 def test_bad_flags(bad, match, arguments):
     """Wrong values, contradictions, and flags that do not exist."""
     bad(match, *arguments)
@@ -342,7 +343,9 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize("name, change, match", [
-    ("unet/config.json", edit_json(use_magic=True, more=1), "more, use_magic"),
+    ("unet/config.json", edit_json(block_out_channels=32), "unet/config.json.*block_out_channels"),
+    ("vae/config.json", edit_json(block_out_channels=7), "vae/config.json"),
+    ("tokenizer/special_tokens_map.json", edit_json(pad_token="nosuch"), "tokenizer"),
     ("vae/config.json", edit_json(act_fn="relu"), "act_fn"),
     ("unet/config.json", edit_bytes(lambda b: b[:-9]), "JSON"),
     ("unet/config.json", edit_json(block_out_channels=[32, 32]), "does not fit its config"),
@@ -353,7 +356,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
     (WEIGHTS, edit_bytes(lambda b: b""), "safetensors"),
     (WEIGHTS, edit_bytes(lambda b: b"\xff" * 7 + b"\x7f" + b[8:]), "header of 92"),
     (WEIGHTS, poison, "not finite"),
-    (WEIGHTS, evil, "refused"), (WEIGHTS, lambda path: path.unlink(), "holds neither"),
+    (WEIGHTS, evil, "refused"), (WEIGHTS, lambda path: path.unlink(), "holds no weights"),
     ("tokenizer/vocab.json", lambda path: path.unlink(), "vocab.json"),
     ("tokenizer/merges.txt", lambda path: path.unlink(), "merges.txt")])
 def test_bad_models(bad, tmp_path, tiny_random, name, change, match):
@@ -368,6 +371,8 @@ def test_unknown_models(bad, tmp_path, monkeypatch):
     """A folder that is not there, one that is no model, and a repository that cannot be reached."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    bad("HF_HUB_OFFLINE", model="owner/nosuch")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     (tmp_path / "folder").mkdir()
     bad("no model folder", model="nosuch")
     bad("no model folder", model=tmp_path / "folder")
@@ -412,6 +417,133 @@ def test_faults_of_the_program_are_not_hidden():
     """Only what the user can put right becomes one line."""
     with pytest.raises(ZeroDivisionError):
         mini_mi.guarded(lambda: 1 / 0)
+
+
+# What a rerun, several seeds and other formats leave
+
+def test_a_rerun_sets_the_older_results_aside(start, capsys):
+    """Nothing of the first run stands among the second's, and nothing is lost."""
+    _, out = start("--prompt", "a blue square", "--snapshots", "1")
+    first = contents(out)
+    (out / "mine.txt").write_text("not of a run")
+    status, _ = start(shows=[*SHOWS[:2], "--prompt", "a cat"])
+    assert status == 0 and "previous-1" in capsys.readouterr().out
+    assert contents(out / "previous-1") == first
+    assert {p.name for p in out.glob("*")} == {
+        "mine.txt", "previous-1", "motion.safetensors", "loss.png", "sheet.png", "run.json", "1-a-cat.gif",
+        "1-a-cat-compare.gif"}
+    motion = out / "motion.safetensors"
+    status, _ = start("--motion", motion, small=REUSE, shows=SHOWS[2:])
+    assert status == 0 and motion.exists() and not (out / "previous-2" / "motion.safetensors").exists()
+    assert (out / "previous-2" / "1-a-cat.gif").exists() and (out / "previous-2" / "run.json").exists()
+
+
+def test_an_earlier_record_cannot_move_files_from_elsewhere(start, tmp_path):
+    (tmp_path / "precious").write_text("stays")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps(dict(files=["../precious", str(tmp_path / "precious"), 7])))
+    assert start()[0] == 0 and (tmp_path / "precious").read_text() == "stays"
+
+
+def test_seeds_are_those_of_single_runs(start):
+    """--seeds 2 from seed 3 on gives what --motion with seed 3 and with seed 4 gives."""
+    _, out = start("--seed", 3, "--seeds", 2, "--no-compare", prior="0.5")
+    many = gifs(out)
+    assert set(many) == {f"1-a-green-circle-seed{n}{end}.gif" for n in (3, 4) for end in ("", "-compare")}
+    for seed in (3, 4):
+        _, one = start("--motion", out / "motion.safetensors", "--seed", seed, prior="0.5", small=REUSE,
+                       shows=SHOWS[2:], out=f"one{seed}")
+        assert gifs(one)["1-a-green-circle.gif"] == many[f"1-a-green-circle-seed{seed}.gif"]
+
+
+def test_no_compare_samples_nothing_without_embeddings(start, monkeypatch):
+    calls, real = [], mini_mi.sample
+
+    def record(models, noise, text, negative, steps, guidance, motion=None, **how):
+        calls.append(motion)
+        return real(models, noise, text, negative, steps, guidance, motion, **how)
+
+    monkeypatch.setattr(mini_mi, "sample", record)
+    assert start("--no-compare")[0] == 0 and len(calls) == 1 and calls[0] is not None
+    assert start()[0] == 0 and len(calls) == 3 and calls[2] is None
+
+
+@pytest.mark.parametrize("kind", ["webp", "mp4"])
+def test_other_formats(start, kind):
+    if kind == "mp4" and not shutil.which("ffmpeg"):
+        assert start("--format", "mp4")[0] == 2
+        return
+    status, out = start("--format", kind)
+    assert status == 0 and not gifs(out)
+    assert mini_mi.read_video(out / f"1-a-green-circle.{kind}", 4, (32, 32)).std() > 1
+    assert (out / f"1-a-green-circle-compare.{kind}").exists()
+
+
+def test_a_relative_model_path_is_remembered_as_an_absolute_one(start, tiny_random, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_random.parent)
+    _, out = start(model=tiny_random.name)
+    assert mini_mi.MotionEmbeddings.load(out / "motion.safetensors").source["model"] == str(tiny_random.resolve())
+    monkeypatch.chdir(tmp_path)
+    status, _ = start("--motion", out / "motion.safetensors", model=None, small=REUSE, shows=SHOWS[2:], out="again")
+    assert status == 0
+
+
+def test_a_motion_file_is_read_once_and_settings_are_checked_before_the_training(start, monkeypatch, tmp_path):
+    motion = start()[1] / "motion.safetensors"
+    reads, real = [], mini_mi.load_tensors
+    monkeypatch.setattr(mini_mi, "load_tensors", lambda path: reads.append(str(path)) or real(path))
+    assert start("--motion", motion, small=REUSE, shows=SHOWS[2:], out="again")[0] == 0
+    assert reads.count(str(motion)) == 1
+    monkeypatch.setattr(mini_mi, "train_motion", lambda *a, **k: pytest.fail("trains first"))
+    monkeypatch.setattr(mini_mi, "INVERT_STEPS", 1001)  # more than the schedule has
+    assert start(prior="0.5")[0] == 2
+
+
+def test_a_console_that_cannot_print_a_character_prints_a_substitute(start, clip, tiny_random, tmp_path):
+    command = [sys.executable, str(ROOT / "mini_mi.py"), "--model", str(tiny_random), "--video", str(clip), "--frames",
+               "4", "--size", "32x32", "--source-prompt", "\u661f", "--prompt", "caf\u00e9 \u2605", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"caf\xe9 ?" in done.stdout and b"Traceback" not in done.stderr
+    done = subprocess.run([*command, "--video", str(tmp_path / "\u2605.gif")], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 2 and b"?.gif does not exist" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["motion.safetensors", "1-a-green-circle.gif", "sheet.png", "run.json", "loss.png"])
+def test_a_full_disk_is_one_line(start, capsys, monkeypatch, name):
+    """Whatever is being written then; what was written before stays."""
+    real = mini_mi.os.replace
+
+    def full(source, target):
+        if str(target).endswith(name):
+            raise OSError(28, "No space left on device")
+        return real(source, target)
+
+    monkeypatch.setattr(mini_mi.os, "replace", full)
+    status, out = start()
+    errors = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2 and re.search(f"error: cannot write .*{name} .No space left on device.: make room", errors)
+    assert not (out / name).exists() and not list(out.glob(".*"))
+
+
+def test_a_continued_training_says_nothing_of_snapshots_that_it_has(start, capsys, tmp_path, monkeypatch):
+    """An interrupted run wrote the snapshot of step 1; the one that goes on from there neither makes nor misses it."""
+    real, small = mini_mi.MotionEmbeddings.save, [*SMALL[:5], "4", *SMALL[6:]]
+
+    def interrupt(self, path):
+        if str(path).endswith("motion.safetensors"):
+            raise KeyboardInterrupt
+        return real(self, path)
+
+    monkeypatch.setattr(mini_mi.MotionEmbeddings, "save", interrupt)
+    status, out = start("--snapshots", "1", small=small)
+    assert status == 2 and (out / "motion-step1.safetensors").exists() and list(out.glob("training-*.pt"))
+    monkeypatch.setattr(mini_mi.MotionEmbeddings, "save", real)
+    capsys.readouterr()
+    status, out = start("--snapshots", "1,2", small=small)
+    text = capsys.readouterr().out
+    assert status == 0 and "no snapshot of step 2" in text and "no snapshot of step 1" not in text
+    assert "motion-step1.safetensors" in json.loads((out / "run.json").read_text())["files"]
 
 
 # Ctrl-C
@@ -459,7 +591,7 @@ def test_another_setting_does_not_continue_that_training(start, monkeypatch):
 
     monkeypatch.setattr(mini_mi, "train_motion", record)
     same = [[], [], ["--guidance", 2], ["--prompt", "a cat"]]
-    others = [["--seed", 1], ["--lr", 0.01], ["--loss", "debiased"], ["--no-mv"], ["--stride", 1],
+    others = [["--seed", 1], ["--lr", 0.01], ["--loss", "debiased"], ["--no-mv"], ["--start", 0.2],
               ["--levels", "0"]]
     for change in [*same, *others]:
         assert start(*change)[0] == 2

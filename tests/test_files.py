@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import struct
 
 import pytest
@@ -177,7 +178,7 @@ def test_read_json(tmp_path):
         path.write_bytes(content)
         with pytest.raises(mini_mi.UserError, match=match):
             mini_mi.read_json(path)
-    with pytest.raises(mini_mi.UserError, match="cannot read"):
+    with pytest.raises(mini_mi.UserError, match="cannot be read .No such file"):
         mini_mi.read_json(tmp_path / "missing.json")
 
 
@@ -200,3 +201,96 @@ def test_atomic_write_to_an_impossible_place_is_one_line(tmp_path):
         with pytest.raises(mini_mi.UserError, match="cannot write"), mini_mi.atomic_write(path) as temporary:
             temporary.write_text("new")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and (tmp_path / "folder").is_dir()
+
+
+# Parts as today's libraries write them, and files that are not what they seem
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n"
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "config.json"])
+def test_a_git_lfs_pointer_is_called_that(tmp_path, name):
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(mini_mi.UserError, match=f"{name} is a git-lfs pointer.*git lfs pull"):
+        (mini_mi.read_json if name.endswith("json") else mini_mi.load_tensors)(tmp_path / name)
+
+
+def rewrite(folder, form):
+    """The weights of a part as one file, as its fp16 variant, or as shards with an index; safe or pickled."""
+    whole, = folder.glob("*.safetensors")
+    tensors = {k: v.clone() for k, v in mini_mi.load_tensors(whole).items()}
+    whole.unlink()
+    kind, stem = ("bin" if "bin" in form else "safetensors"), whole.stem
+    stem = "pytorch_model" if (stem, kind) == ("model", "bin") else stem
+
+    def save(name, some):
+        if kind == "bin":
+            torch.save(some, folder / name)
+        else:
+            mini_mi.save_safetensors(folder / name, some)
+
+    if "sharded" in form:
+        variant, weight_map = (".fp16" if "fp16" in form else ""), {}
+        for n in range(3):
+            name = f"{stem}{variant}-0000{n + 1}-of-00003.{kind}"
+            some = dict(list(tensors.items())[n::3])
+            save(name, some)
+            weight_map |= dict.fromkeys(some, name)
+        (folder / f"{stem}.{kind}.index{variant}.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save(f"{stem}{'.fp16' * ('fp16' in form)}.{kind}", tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("form", ["bin", "fp16", "fp16 bin", "sharded", "sharded bin", "sharded fp16"])
+@pytest.mark.parametrize("part, build", [("unet", "UNet3DConditionModel"), ("text_encoder", "CLIPTextModel")])
+def test_weights_are_found_in_every_form(tmp_path, tiny_random, form, part, build):
+    folder = shutil.copytree(tiny_random / part, tmp_path / part)
+    tensors = rewrite(folder, form)
+    module = mini_mi.load_module(getattr(mini_mi, build), folder, mini_mi.PARTS[part], "cpu", torch.float32)
+    assert_equal(dict(module.state_dict()), tensors)
+
+
+def test_a_missing_shard_is_named(tmp_path, tiny_random):
+    folder = shutil.copytree(tiny_random / "unet", tmp_path / "unet")
+    rewrite(folder, "sharded")
+    next(folder.glob("*-00002-*")).unlink()
+    with pytest.raises(mini_mi.UserError, match="00002-of-00003.safetensors does not exist"):
+        mini_mi.load_module(mini_mi.UNet3DConditionModel, folder, "diffusion_pytorch_model", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("unet/config.json", dict(block_out_channels=7)), ("unet/config.json", dict(block_out_channels=[32, -64])),
+    ("unet/config.json", dict(block_out_channels=["a", "b"])), ("unet/config.json", dict(layers_per_block="two")),
+    ("unet/config.json", dict(norm_num_groups=0)), ("unet/config.json", dict(attention_head_dim=None)),
+    ("vae/config.json", dict(block_out_channels=16)), ("vae/config.json", dict(scaling_factor="0.18")),
+    ("vae/config.json", dict(latent_channels=-4)), ("text_encoder/config.json", dict(hidden_size=[32])),
+    ("text_encoder/config.json", dict(num_attention_heads=0)), ("text_encoder/config.json", dict(vocab_size={})),
+    ("scheduler/scheduler_config.json", dict(num_train_timesteps=-1)),
+    ("scheduler/scheduler_config.json", dict(beta_start="small")),
+    ("scheduler/scheduler_config.json", dict(steps_offset=[1])),
+    ("tokenizer/special_tokens_map.json", dict(bos_token=5)),
+    ("tokenizer/tokenizer_config.json", dict(model_max_length="long")),
+    ("tokenizer/tokenizer_config.json", dict(model_max_length=10**30)),
+    ("tokenizer/special_tokens_map.json", dict(pad_token=["!"]))])
+def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tiny_random, name, changes):
+    """A number where a list belongs, a negative width, a token that is no text: at load, not in the middle."""
+    model = shutil.copytree(tiny_random, tmp_path / "model")
+    (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), **changes}))
+    try:
+        mini_mi.load_models(model)
+    except mini_mi.UserError as error:
+        part = name.split("/")[0].replace("_", " ")
+        assert "\n" not in str(error) and (part in str(error) or part.replace(" ", "_") in str(error))
+    else:
+        assert name.startswith("tokenizer/")  # a token that cannot be one is taken as not given
+
+
+def test_unknown_fields_are_ignored_and_known_ones_are_not(tmp_path):
+    fields = dict(width=4, kind="a", parts=(1, 2), rate=0.5, other=None)
+    config = mini_mi.read_config("x", dict(width=8, magic=True, rate=1, other=[3], _private=0), fields, dict(kind=("a",)))
+    assert vars(config) == dict(width=8, kind="a", parts=(1, 2), rate=1, other=[3])
+    for bad, match in ((dict(kind="b"), "kind = b is not implemented"), (dict(width="8"), "width = '8'"),
+                       (dict(parts=3), "parts = 3"), (dict(rate=[1]), "rate")):
+        with pytest.raises(mini_mi.UserError, match=match):
+            mini_mi.read_config("x", bad, fields, dict(kind=("a",)))

@@ -33,7 +33,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         hub = self.server
         host, wanted = self.headers["Host"].split(":")[0], self.headers.get("Range")
         hub.requests.append(Request(host, self.path, wanted, self.headers.get("Authorization")))
-        name = self.path.split("/resolve/main/")[-1]
+        name = self.path.split("/resolve/main/")[-1]  # of other revisions, the whole path
         if self.path.startswith("/storage/"):
             return self.storage(hub.large[self.path.removeprefix("/storage/")], wanted)
         if hub.statuses:
@@ -71,7 +71,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in "HF_TOKEN HF_TOKEN_PATH HF_HUB_CACHE HF_HUB_OFFLINE XDG_CACHE_HOME http_proxy HTTP_PROXY".split():
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(mini_mi.time, "sleep", lambda seconds: None)
     yield server
     server.shutdown()
@@ -173,8 +174,8 @@ def test_damaged_part_is_found_out(hub, tmp_path):
     refused("cannot fetch")
     part = next(tmp_path.rglob("*.part"))
     part.write_bytes(b"x" + part.read_bytes()[1:])
-    refused("arrived damaged")
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
+    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS  # found out, and begun again
+    assert hub.requests[-1].range is None and leftovers(tmp_path) == ["model.bin"]
 
 
 def test_token_goes_to_the_hub_alone(hub, monkeypatch):
@@ -196,7 +197,7 @@ def test_token_follows_a_redirect_within_the_hub(hub, monkeypatch):
     "place", ["file:///etc/hostname", "ftp://localhost/x", f"/{REPO}/resolve/main/model.bin"])
 def test_redirects_that_lead_nowhere_are_refused(hub, tmp_path, place):
     hub.redirect = place
-    refused("no web address|too many redirects")
+    refused("redirects lead nowhere")
     assert leftovers(tmp_path) == []
 
 
@@ -231,8 +232,12 @@ def test_full_disk_and_unwritable_cache(hub, tmp_path, monkeypatch):
     refused("cannot write .*HF_HOME")
 
 
-MODEL = ("model_index.json tokenizer/vocab.json tokenizer/merges.txt text_encoder/config.json "
+MODEL = ("tokenizer/vocab.json tokenizer/merges.txt tokenizer/tokenizer_config.json text_encoder/config.json "
          "vae/config.json unet/config.json scheduler/scheduler_config.json").split()
+
+
+def names(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_model_is_fetched_safetensors_first_and_works_offline(hub, monkeypatch):
@@ -242,15 +247,136 @@ def test_a_model_is_fetched_safetensors_first_and_works_offline(hub, monkeypatch
     hub.large = dict.fromkeys(weights, WEIGHTS)
     folder = mini_mi.fetch_model("zeroscope")
     assert hub.requests[0].path.startswith("/cerspense/zeroscope_v2_576w/resolve/main/")
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    # The tokenizer's two optional files are absent, and of the VAE's weights only the safe ones were taken.
-    assert files == {*MODEL, *weights, ".complete"} - {"vae/diffusion_pytorch_model.bin"}
+    # special_tokens_map.json is absent, and of the VAE's weights only the safe ones were taken.
+    assert names(folder) == {*MODEL, *weights} - {"vae/diffusion_pytorch_model.bin"}
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert mini_mi.fetch_model("zeroscope") == folder
 
 
+def test_sharded_and_fp16_weights_and_tokenizers_of_today_are_fetched(hub):
+    """Each part in another of the forms in circulation."""
+    shards = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}).encode()
+    hub.small = {name: b"{}" for name in MODEL if not name.startswith("tokenizer")}
+    hub.small |= {"tokenizer/tokenizer.json": b"{}", "tokenizer/tokenizer_config.json": b"{}",
+                  "unet/diffusion_pytorch_model.safetensors.index.json": index}
+    hub.large = dict.fromkeys(["text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.bin",
+                               *(f"unet/{shard}" for shard in shards)], WEIGHTS)
+    folder = mini_mi.fetch_model(REPO)
+    assert names(folder) == {*hub.small, *hub.large}
+    before = len(hub.requests)
+    assert mini_mi.fetch_model(REPO) == folder and len(hub.requests) == before  # nothing is asked again
+
+
+def test_weights_at_the_root_of_a_repository(hub):
+    hub.small, hub.large = {"config.json": b"{}", "tokenizer.json": b"{}"}, {"pytorch_model.bin": WEIGHTS}
+    folder = mini_mi.fetch_weights(REPO, "", "model")
+    assert mini_mi.fetch_tokenizer(REPO, "") == folder
+    assert names(folder) == {"config.json", "tokenizer.json", "pytorch_model.bin"}
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(hub):
+    index = json.dumps({"weight_map": {"a": "../../secret.safetensors"}}).encode()
+    hub.small = {"unet/config.json": b"{}", "unet/diffusion_pytorch_model.safetensors.index.json": index}
+    with pytest.raises(mini_mi.UserError, match="index.json cannot be used .*another folder"):
+        mini_mi.fetch_weights(REPO, "unet", "diffusion_pytorch_model")
+
+
 def test_a_model_that_lacks_a_file_is_not_complete(hub):
     hub.small = {name: b"{}" for name in MODEL if name != "unet/config.json"}
+    hub.large = {"text_encoder/model.safetensors": WEIGHTS, "vae/diffusion_pytorch_model.safetensors": WEIGHTS}
     for _ in range(2):
         with pytest.raises(mini_mi.NotOnHub, match="unet/config.json"):
             mini_mi.fetch_model(REPO)
+    hub.small["unet/config.json"] = b"{}"
+    with pytest.raises(mini_mi.NotOnHub, match="unet/diffusion_pytorch_model.safetensors"):
+        mini_mi.fetch_model(REPO)
+
+
+# What huggingface_hub left, and its settings
+
+def snapshot(cache, files, revision="main"):
+    """A repository as huggingface_hub keeps it: a reference to a commit, and the commit's files."""
+    store, commit = cache / f"models--{REPO.replace('/', '--')}", "c0ffee" * 6 + "c0ff"
+    (store / "refs").mkdir(parents=True)
+    (store / "refs" / revision).write_text(commit)
+    for name, content in files.items():
+        (store / "snapshots" / commit / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / "snapshots" / commit / name).write_bytes(content)
+    return store / "snapshots" / commit
+
+
+@pytest.mark.parametrize("setting, place", [("HF_HOME", "hub"), ("HF_HUB_CACHE", ".")])
+def test_what_huggingface_hub_downloaded_is_used(hub, tmp_path, monkeypatch, setting, place):
+    """Whatever its form is, nothing is asked of the hub; a commit or another revision is found as well."""
+    files = {**{name: b"{}" for name in MODEL}, "text_encoder/model.fp16.safetensors": WEIGHTS,
+             "vae/diffusion_pytorch_model.bin": WEIGHTS, "unet/diffusion_pytorch_model.safetensors": WEIGHTS}
+    monkeypatch.setenv(setting, str(tmp_path / "theirs"))
+    folder = snapshot(tmp_path / "theirs" / place, files)
+    assert mini_mi.fetch_model(REPO) == mini_mi.fetch_model(f"{REPO}@{folder.name}") == folder
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert mini_mi.fetch_model(REPO) == folder and hub.requests == []
+
+
+def test_a_snapshot_that_lacks_a_file_is_completed_at_its_commit(hub, tmp_path):
+    folder = snapshot(tmp_path / "home" / "hub", {"config.json": b"{}"})
+    assert mini_mi.fetch(REPO, "config.json").parent == folder and hub.requests == []
+    hub.small[f"/{REPO}/resolve/{folder.name}/other.json"] = b"{}"
+    assert mini_mi.fetch(REPO, "other.json") == folder / "other.json"
+    assert hub.requests[0].path.endswith(f"/resolve/{folder.name}/other.json")
+
+
+def test_a_revision_is_asked_for(hub):
+    hub.small[f"/{REPO}/resolve/refs%2Fpr%2F1/config.json"] = b"{}"
+    path = mini_mi.fetch(f"{REPO}@refs/pr/1", "config.json")
+    assert hub.requests[0].path == f"/{REPO}/resolve/refs%2Fpr%2F1/config.json"
+    assert path != mini_mi.fetch(REPO, "config.json")
+    assert mini_mi.local_folder(f"{REPO}@refs/pr/1") is None and mini_mi.local_folder("zeroscope@v1") is None
+    refused("neither a model folder nor a hub repository", repo=f"{REPO}@../..")
+
+
+def test_offline_asks_no_one(hub, monkeypatch):
+    path = mini_mi.fetch(REPO, "config.json")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert mini_mi.fetch(REPO, "config.json") == path
+    refused("HF_HUB_OFFLINE forbids", mini_mi.NotOnHub)
+    assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("setting", ["HF_HOME", "HF_TOKEN_PATH"])
+def test_the_stored_token_counts(hub, tmp_path, monkeypatch, setting):
+    (tmp_path / "home").mkdir()
+    file = tmp_path / "home" / "token" if setting == "HF_HOME" else tmp_path / "elsewhere"
+    file.write_text("hf_stored\n")
+    if setting == "HF_TOKEN_PATH":
+        monkeypatch.setenv(setting, str(file))
+    mini_mi.fetch(REPO, "model.bin")
+    assert [r.token for r in hub.requests] == ["Bearer hf_stored", None]
+    monkeypatch.setenv("HF_TOKEN", "hf_given")
+    mini_mi.fetch(REPO, "config.json")
+    assert hub.requests[-1].token == "Bearer hf_given"
+
+
+def test_the_message_names_the_proxy_without_its_password(hub, monkeypatch):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(mini_mi.UserError, match="proxy 127.0.0.1:9 ") as caught:
+        mini_mi.fetch(REPO, "model.bin")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_finished_part_is_verified_not_fetched_again(hub, tmp_path):
+    """A process that was ended while it hashed left it."""
+    part = mini_mi.fetch(REPO, "config.json").with_name(f".model.bin.{SHA256}.part")
+    part.write_bytes(WEIGHTS)
+    hub.drops = [0] * 9  # a body would arrive empty
+    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
+    assert leftovers(tmp_path) == ["config.json", "model.bin"]
+
+
+def test_no_wait_after_the_last_try(hub, monkeypatch):
+    waits = []
+    monkeypatch.setattr(mini_mi.time, "sleep", waits.append)
+    hub.statuses = [500] * 9
+    refused("the server answered 500", name="config.json")
+    assert waits == [0.5, 1, 2, 4]

@@ -119,6 +119,23 @@ def test_text_encoder_is_the_clip_text_tower(tiny):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+# The autoencoder: what its latents were asked for before it was trained
+
+def test_latents_are_smooth_in_colour(tiny):
+    rows = check_tiny.target_latents(tiny)
+    assert len(rows) == 2 and all(row.met for row in rows)
+
+
+def test_linear_fit_is_r2():
+    """1 for latents that are an affine map of block means, 0 for ones that know nothing of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(8, 3, 64, 64, generator=generator) * torch.rand(8, 3, 1, 1, generator=generator)
+    means = torch.nn.functional.avg_pool2d(x, 8)
+    mixed = torch.einsum("cd,ndhw->nchw", torch.randn(4, 3, generator=generator), means) + 2
+    assert make_tiny.linear_fit(mixed, x) > 0.98
+    assert abs(make_tiny.linear_fit(torch.randn(8, 4, 8, 8, generator=generator), x)) < 0.05
+
+
 # The recipe
 
 @pytest.fixture
@@ -214,13 +231,13 @@ def test_sprite_and_camera_are_found(motion):
 
 def test_check_runs_from_end_to_end(monkeypatch, capsys):
     """The five targets, each with asked and reached, on few clips and steps."""
-    for name, value in dict(PROMPTS=3, REAL=6, HELD=2, CLIPS=3, GROUP=2, BATCH=2).items():
+    for name, value in dict(PROMPTS=3, REAL=6, HELD=2, CLIPS=3, BATCH=2).items():
         monkeypatch.setattr(check_tiny, name, value)
     for name in ("steps", "sample_steps"):
         monkeypatch.setitem(check_tiny.SETTINGS, name, 1)
     invert = mini_mi.ddim_invert
     monkeypatch.setattr(mini_mi, "ddim_invert",
-                        lambda models, latents, text, *_: invert(models, latents, text, steps=1))
+                        lambda models, latents, text, **_: invert(models, latents, text, steps=1, progress=False))
     monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--check", "--device", "cpu"])
     make_tiny.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

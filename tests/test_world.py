@@ -118,27 +118,75 @@ def test_the_sprite_is_where_the_path_says_and_stands_out(shape):
             assert abs(centre - world.path(scene)).max() < 1
 
 
-def test_clips_are_their_render():
-    assert list(CLIPS) == list(world.CLIPS) and len(CLIPS) == 12
-    assert next(iter(CLIPS)) == "figure_eight"
-    assert len({clip["seed"] for clip in CLIPS.values()}) == 12
-    assert len({clip["motion"] for clip in CLIPS.values()}) >= 6
+def test_clips_are_the_first_twelve_of_the_test_split():
+    drawn = [world.reference("test", i) for i in range(12)]
+    assert list(CLIPS) == [about["name"] for about in drawn] and next(iter(CLIPS)) == "figure_eight"
+    for about in drawn:
+        clip = CLIPS[about.pop("name")]
+        assert clip == about and clip["motion"] in world.HELDOUT_MOTIONS
     for name, clip in CLIPS.items():
-        assert clip["motion"] in world.HELDOUT_MOTIONS
         expected = world.render(world.scene(clip["seed"], [clip["motion"]], clip["caption"]))
         assert np.array_equal(world.read_clip(DATA / "clips" / f"{name}.webp"), expected)
 
 
-def test_validation_clips_are_others_of_the_same_motions(tmp_path):
-    """One clip per held-out motion; no seed and no appearance of the reference clips."""
-    world.write_clips(tmp_path / "clips", world.VALIDATION)
+def test_references_are_drawn_by_rule_and_the_splits_are_disjoint():
+    """Kinds in turn; no seed twice; appearance at random, but a moving camera is always seen."""
+    drawn = {split: [world.reference(split, i) for i in range(96)] for split in world.SPLITS}
+    for clips in drawn.values():
+        assert [clip["motion"] for clip in clips] == 12 * list(world.HELDOUT_MOTIONS)
+        assert len({clip["name"] for clip in clips}) == 96
+        for slot, names in enumerate((world.SHAPES, world.COLOURS, world.PATTERNS, world.BACKGROUNDS)):
+            assert {world.attributes(clip["caption"])[slot] for clip in clips} == set(names)
+        assert not any("plain" in clip["caption"] for clip in clips if clip["motion"] == "pan_counter")
+    for key in ("seed", "name"):
+        test, validation = ({clip[key] for clip in drawn[split]} for split in ("test", "validation"))
+        assert not test & validation
+    # Pools of make_tiny.py and scenes of check_tiny.py have seeds below 10 million.
+    assert min(world.SPLITS.values()) > 10_000_000
+
+
+def test_validation_clips_can_be_written(tmp_path):
+    world.write_clips(tmp_path / "clips", "validation", 2)
     made = json.loads((tmp_path / "clips" / "clips.json").read_text())
-    assert sorted(clip["motion"] for clip in made.values()) == sorted(world.HELDOUT_MOTIONS)
-    for key in ("seed", "caption"):
-        assert not {clip[key] for clip in made.values()} & {clip[key] for clip in CLIPS.values()}
+    assert list(made) == ["figure_eight_v", "spiral_v"]
     for name, clip in made.items():
         expected = world.render(world.scene(clip["seed"], [clip["motion"]], clip["caption"]))
         assert np.array_equal(world.read_clip(tmp_path / "clips" / f"{name}.webp"), expected)
+
+
+def facts(scene):
+    """Speed in pixels per frame, turning in radians, and extent in pixels of a sprite's path."""
+    way = np.diff(world.path(scene), axis=0)
+    turns = np.diff(np.arctan2(way[:, 1], way[:, 0]))
+    speed, moves = np.hypot(*way.T), np.hypot(*way.T) > 0.5
+    turns = abs((turns + np.pi) % (2 * np.pi) - np.pi)[moves[1:] & moves[:-1]]
+    return speed.mean(), turns.sum(), np.ptp(world.path(scene), axis=0).max()
+
+
+def test_training_motions_surround_the_references():
+    """In speed, turning and extent 95 % of references lie between the ends of training; in kind none does."""
+    train = np.array([facts(world.scene(seed)) for seed in range(2000)])
+    low, high = np.percentile(train, [2, 98], axis=0)
+    drawn = [world.reference("test", i) for i in range(400)]
+    held = np.array([facts(world.scene(about["seed"], [about["motion"]])) for about in drawn])
+    assert (((low <= held) & (held <= high)).mean(axis=0) >= 0.95).all()
+
+
+def test_sprite_minus_background_points_one_way_in_rgb():
+    """In latents that are linear in colour, "a sprite is here" is then one direction for all colours."""
+    for background in world.BACKGROUNDS.values():
+        steps = [np.subtract(colour, background) for colour in world.COLOURS.values()]
+        steps = np.array([step / np.linalg.norm(step) for step in steps])
+        assert (steps @ steps.T).min() > 0.35
+
+
+def test_colours_may_be_any_rgb():
+    scene = world.scene(3, ["line"], "a red circle on a teal plain background")
+    named = world.render(scene, 2)
+    scene.update(colour=world.COLOURS["red"], background=world.BACKGROUNDS["teal"])
+    assert np.array_equal(world.render(scene, 2), named)
+    scene.update(colour=(250, 3, 7), background=(250, 250, 250))
+    assert {(250, 3, 7), (250, 250, 250)} <= set(map(tuple, world.render(scene, 2).reshape(-1, 3)))
 
 
 def test_target_prompts_share_nothing_with_their_clip():
