@@ -1,16 +1,20 @@
 """eval_mi.py from end to end, on a model of random weights that is small enough for seconds."""
 import csv
+import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval_mi
 import mini_mi
@@ -21,10 +25,10 @@ UNET = dict(down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
             up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[8, 16], layers_per_block=1,
             cross_attention_dim=32, attention_head_dim=8, norm_num_groups=4)
 TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-# 3 clips, 1 prompt, 2 seeds: 8 variants x 6, reconstruct 6, vae 3, and full once more on 2 clips x 2 seeds.
-CELLS = 8 * 6 + 6 + 3 + 4
+# 3 clips, 1 prompt, 2 seeds: 8 variants x 6, reconstruct 6, vae 3.
+CELLS = 8 * 6 + 6 + 3
 SMALL = ["--clip-count", "3", "--prompt-count", "1", "--seed-count", "2", "--steps", "2", "--sample-steps", "2",
-         "--invert-steps", "2", "--together", "2", "--frames", "4", "--size", "64x64", "--guidance", "2",
+         "--invert-steps", "2", "--frames", "4", "--size", "64x64", "--guidance", "2",
          "--grid", "8", "--device", "cpu", "--lr", "0.5", "--batch", "1"]
 
 
@@ -62,8 +66,17 @@ def table(out):
     return {key: value for key, value in results.items() if key not in ("run", "settings")}
 
 
-def cells(out):
-    return {p.name: p.stat().st_mtime_ns for p in (out / "cells").iterdir()}
+FOLDERS = ("noise", "motions", "cells", "scores", "references", "figures")
+
+
+def files(out, *folders):
+    """Finished things: path below `out` -> when it was written."""
+    return {str(p.relative_to(out)): p.stat().st_mtime_ns for folder in folders or FOLDERS
+            for p in (out / folder).rglob("*") if p.is_file()}
+
+
+def frames_of(lab, cell):
+    return eval_mi.read_arrays(lab.sample_path(cell))[1]["frames"]
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +113,8 @@ def test_a_run_counts_every_cell_once(finished):
 
 def test_the_variants_do_what_they_say(finished, model):
     """Videos of paired cells start alike and differ where the variant says; reconstruct asks for the caption."""
-    settings = eval_mi.parse(arguments(model, finished))
-    lab = eval_mi.Lab(settings)
-    video = {(c.variant.name, c.clip.name, c.seed): lab.store.read("video", lab.video_key(c))[1]["frames"]
-             for c in lab.cells if c.train_seed == 0}
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, finished)))
+    video = {(c.variant.name, c.clip.name, c.seed): frames_of(lab, c) for c in lab.cells}
     name = lab.clips[0].name
     for other in ("no-mqk", "no-mv", "drop-mqk", "drop-mv", "debias-none", "base", "base-no-inversion"):
         assert not np.array_equal(video["full", name, 0], video[other, name, 0]), other
@@ -115,27 +126,54 @@ def test_the_variants_do_what_they_say(finished, model):
 def test_a_variant_equals_mini_mi_by_hand(finished, model):
     """The embeddings of a cell are what train_motion gives, and its frames what sample gives."""
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, finished)))
-    clip, variant = lab.clips[2], eval_mi.VARIANTS["no-mv"]      # the last clip trains alone, `--together 2`
+    clip, variant = lab.clips[2], eval_mi.VARIANTS["no-mv"]
     latents = mini_mi.encode_video(lab.models, mini_mi.to_model_range(clip.frames))
     text = mini_mi.encode_prompt(lab.models, [clip.caption])
     motion = mini_mi.train_motion(lab.models, latents, text, steps=2, lr=0.5, progress=False, use_mv=False)
-    kept = lab.store.read("motion", lab.motion_key(clip, variant, 0))[1]
+    kept = mini_mi.MotionEmbeddings.load(lab.motion_path(clip, "no-mv", 0)).state_dict()
     assert set(kept) == set(motion.state_dict()) and all(key.endswith("pos_embed") for key in kept)
     assert all(np.allclose(kept[k], v, atol=1e-5) for k, v in motion.state_dict().items())
     cell = next(c for c in lab.cells if c.variant is variant and c.clip is clip and c.seed == 1)
-    (again,), _ = lab.generate([cell], motion, latents[0], lab.prepare([clip])[1][0])
-    frames = lab.store.read("video", lab.video_key(cell))[1]["frames"]
-    assert np.abs(again.astype(int) - frames).max() <= 1
+    seed = int(eval_mi.digest(clip.name, 0, 1), 16)
+    fresh = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    noise = mini_mi.blend_noise(lab.invert(clip)[1], fresh, 0.5)
+    prompt, empty = (mini_mi.encode_prompt(lab.models, [words]) for words in (cell.prompt, ""))
+    again = mini_mi.sample(lab.models, noise, prompt, empty, 2, 2.0, motion, progress=False)
+    frames = mini_mi.to_uint8(mini_mi.decode_video(lab.models, again)[0])
+    assert np.abs(frames_of(lab, cell).astype(int) - frames).max() <= 1
+
+
+def test_names_of_files_say_what_they_hold(finished):
+    names = {re.sub("-[0-9a-f]{12}(?=[.])", "", name) for name in files(finished)}
+    assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz", "noise/spiral.npz",
+            "scores/spiral/vae-own-s0.npz", "references/spiral.npz", "figures/figure_eight-full-r0.npz"} <= names
+    assert not any(name.endswith(".training") for name in names)   # states of interrupted trainings are gone
 
 
 def test_the_report_is_rebuilt_from_cells_alone(copy, finished, model, monkeypatch, capsys):
-    before, files = table(copy), cells(copy)
-    monkeypatch.setattr(mini_mi, "load_models", None)            # no UNet is needed
+    """No UNet is loaded, and of a file of weights no more than both ends are read."""
+    before, there = table(copy), files(copy)
+    monkeypatch.setattr(mini_mi, "load_models", None)
     assert eval_mi.main(arguments(model, copy, "--report")) == 0
-    assert table(copy) == before and cells(copy) == files
+    assert table(copy) == before and files(copy) == there
     run = [json.loads((folder / "results.json").read_text())["run"] for folder in (copy, finished)]
     assert run[0] == run[1]                                      # still the numbers of the run that made them
     assert "full" in capsys.readouterr().out
+
+
+def test_a_fingerprint_is_cheap_and_sees_other_weights(tmp_path):
+    big = tmp_path / "unet" / "big.safetensors"
+    big.parent.mkdir()
+    with open(big, "wb") as file:
+        file.truncate(1 << 36)                                   # 64 GiB of nothing: a walk would take minutes
+    first = eval_mi.fingerprint(big.parent)
+    with open(big, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    second = eval_mi.fingerprint(big.parent)
+    assert len({first, second}) == 2 and second == eval_mi.fingerprint(big.parent)
+    big.rename(big.with_name("other.safetensors"))
+    assert eval_mi.fingerprint(big.parent) not in (first, second)
 
 
 def test_a_report_while_variants_have_no_sample_in_common(copy, model):
@@ -145,14 +183,14 @@ def test_a_report_while_variants_have_no_sample_in_common(copy, model):
     for cell in lab.cells:
         if cell.variant.name == "full" and cell.clip.name != first or (
                 cell.variant.name == "no-mqk" and cell.clip.name == first):
-            lab.store.path("score", lab.score_key(cell)).unlink()
+            lab.score_path(cell).unlink()
     assert eval_mi.main(arguments(model, copy, "--report")) == 0
     names = [c["name"] for c in json.loads((copy / "results.json").read_text())["comparisons"]]
     assert "no-mqk" not in names and "no-mv" in names
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--sample-steps", "1000"], "sampling steps"), (["--votes", "nowhere"], "nowhere")])
+    (["--sample-steps", "1000"], "sampling steps")])
 def test_what_cannot_work_shows_before_the_first_training(model, tmp_path, capsys, monkeypatch, more, said):
     monkeypatch.setattr(mini_mi, "train_motion", None)
     assert eval_mi.main(arguments(model, tmp_path / "out", *more)) == 2
@@ -190,12 +228,93 @@ def test_cotracker_is_fetched_once_and_asked_clip_by_clip(monkeypatch):
 def test_report_html_is_one_self_contained_page(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
-    assert page.count('<div class="clip reference"') == 2 * 3 and page.count("<svg") == 6
+    assert page.count('<div class="clip reference"') == 2 * 3
+    assert page.count("<svg") == 7                               # the forest plot, five metrics, the distance
     assert page.count('class="pixels"') == 2 + 2 * 4             # attention maps; MV per frame, twice
     for name in eval_mi.DEFAULT_VARIANTS:
         assert f'aria-label="{name}"' in page and f">{name}<" in page
+    # The answers come first, then the picture, then the table.
+    places = [page.index(what) for what in ("no-mqk against full, 3 clips", "Differences from full", "<table")]
+    assert places == sorted(places)
+
+
+def test_results_md_answers_first(finished):
     text = (finished / "results.md").read_text(encoding="utf-8")
-    assert text.count("| full |") == 2 and "no-mqk against full, 3 clips" in text
+    assert text.startswith("- no-mqk against full, 3 clips: ")
+    places = [text.index(what) for what in ("no-mv against full", "](results.svg)", "| full |", "drop-mv against")]
+    assert places == sorted(places)
+    assert text.count("| full |") == 2                           # the table and the details
+    line = next(x for x in text.splitlines() if x.startswith("| full |"))
+    assert line.count(" ± ") == 6 and "(" not in line.replace("6 (3)", "")
+
+
+def test_the_forest_plot_is_a_file_of_its_own(finished):
+    """One panel a metric, a mark per variant, both themes, nothing from outside."""
+    text = (finished / "results.svg").read_text(encoding="utf-8")
+    root = xml.etree.ElementTree.fromstring(text)
+    assert root.tag.endswith("svg") and text.count('class="title"') == 6
+    assert text.count("<circle") == 6 * 7 and text.count('class="mark ablation"') == 6 * 2
+    assert "prefers-color-scheme: dark" in text and "http" not in text.replace("http://www.w3.org", "")
+    assert "nan" not in text and "inf" not in text
+
+
+def test_mv_as_trained_is_not_mv_debiased(finished):
+    (path,) = (finished / "figures").iterdir()
+    arrays = eval_mi.read_arrays(path)[1]
+    raw, debiased = arrays["mv_raw"], arrays["mv_debiased"]
+    assert raw.shape == debiased.shape and np.allclose(raw[0], debiased[0])        # Eq. 5 keeps the first frame
+    assert not np.allclose(raw[1:], debiased[1:], rtol=0.05)
+    assert not np.array_equal(arrays["with_mqk"], arrays["without_mqk"])
+
+
+def test_a_console_without_arrows_gets_its_table(copy, model, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert eval_mi.main(arguments(model, copy, "--report")) == 0
+    out.flush()
+    assert b"Motion Fidelity ?" in out.buffer.getvalue()
+
+
+def test_two_trainings_tell_their_spread(model, tmp_path):
+    more = ("--variants", "no-mqk,no-mv,base", "--training-seeds", "2")
+    assert eval_mi.main(arguments(model, tmp_path, *more)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["name"]: r["n"] for r in results["rows"]} == {"full": 12, "no-mqk": 12, "no-mv": 12, "base": 6}
+    assert [c["pairs"] for c in results["comparisons"]] == [6, 6, 6]               # trainings of a sample: their mean
+    assert [(c["name"], c["metric"], c["shape"]) for c in results["components"]] == [
+        (name, metric, [3, 2, 2]) for name in eval_mi.ABLATIONS for metric in eval_mi.PRIMARY]
+    assert all(None not in c["deviations"] for c in results["components"])
+    assert "detectable with 3 x 2 x 2" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert len(files(tmp_path, "motions")) == 3 * 3 * 2
+
+
+def test_the_bar_moves_with_every_training_step(model, tmp_path, monkeypatch):
+    """It ends at its total, and knows it from the start, in passes of the UNet: 3 for a training step."""
+    moved = []
+
+    class Bar:
+        def __init__(self, total, **options):
+            moved.append(total)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, n):
+            moved.append(n)
+
+        def set_description_str(self, text):
+            moved.append(text)
+
+        write = staticmethod(print)
+
+    monkeypatch.setattr(eval_mi, "tqdm", Bar)
+    more = ("--clip-count", "1", "--variants", "full", "--steps", "5")
+    assert eval_mi.main(arguments(model, tmp_path, *more)) == 0
+    total, name, *steps = moved
+    assert steps == [3] * 5 + [2 * 2 * 2] and total == sum(steps) and name.endswith(": full")
 
 
 # ------------------------------------------------------------------------------ interrupted, damaged, shared, changed
@@ -203,27 +322,39 @@ def test_report_html_is_one_self_contained_page(finished):
 def test_an_interrupted_run_goes_on_and_equals_one_that_was_not(finished, model, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "cells").exists() or len(list((out / "cells").glob("score-*"))) < 12:
+    while len(files(out, "scores")) < 12:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {name: when for name, when in cells(out).items() if name.endswith(".npz")}
-    scores = sum(name.startswith("score") for name in kept)
+    kept = {name: when for name, when in files(out).items() if name.endswith((".npz", ".safetensors"))}
+    scores = sum(name.startswith("scores") for name in kept)
     assert 12 <= scores < CELLS and not (out / "results.json").exists()
     assert eval_mi.main(arguments(model, out)) == 0
     assert json.loads((out / "results.json").read_text())["run"]["computed"] == CELLS - scores
-    after = cells(out)
+    after = files(out)
     assert all(after[name] == when for name, when in kept.items())                 # nothing was computed again
     assert_same(table(out), table(finished))
 
 
-def test_two_ranks_give_the_table_of_one(finished, model, tmp_path):
-    out = tmp_path / "out"
-    done = subprocess.run(command(model, out, ranks=2), capture_output=True, text=True, timeout=600)
+def test_a_sample_that_is_missing_is_made_again_in_the_same_company(copy, model):
+    """With one of two seeds gone, both are sampled, and every byte of the missing one is what it was."""
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))
+    cell = next(c for c in lab.cells if c.variant.name == "full" and c.seed == 1)
+    before, scores = frames_of(lab, cell), files(copy, "scores")
+    lab.sample_path(cell).unlink()
+    assert eval_mi.main(arguments(model, copy)) == 0
+    assert np.array_equal(frames_of(lab, cell), before)
+    assert sum(scores[name] != when for name, when in files(copy, "scores").items()) <= 2
+
+
+def test_two_ranks_give_the_table_of_one(copy, model, tmp_path):
+    out, few = tmp_path / "two", ("--variants", "no-mqk,vae", "--clip-count", "2")
+    done = subprocess.run(command(model, out, *few, ranks=2), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert sum(name.startswith("score") for name in cells(out)) == CELLS
-    assert_same(table(out), table(finished))
+    assert len(files(out, "scores")) == len(files(out, "cells")) == 4 + 4 + 2
+    assert eval_mi.main(arguments(model, copy, *few)) == 0
+    assert_same(table(out), table(copy))
 
 
 def assert_same(a, b):
@@ -242,48 +373,74 @@ def assert_same(a, b):
         assert a == b
 
 
-def test_units_cover_the_plan_once_and_are_shared_evenly():
-    clips = [eval_mi.Clip(f"clip{i}", np.zeros(1), "", "", ("a", "b")) for i in range(10)]
-    settings = eval_mi.parse([])
-    plan = eval_mi.plan(settings, clips)
-    work = eval_mi.units(settings, plan)
-    hands = eval_mi.share(work, settings, 3)
-    assert sorted(map(id, plan)) == sorted(id(c) for hand in hands for unit in hand for c in unit.cells)
-    assert all(len(unit.clips) <= settings.together for unit in work)
-    loads = [sum(unit.cost(settings) for unit in hand) for hand in hands]
-    assert max(loads) < 1.5 * min(loads)
-    assert eval_mi.share(work, settings, 3)[1] == hands[1]                         # every rank sees the same
+def test_ranks_share_the_plan_evenly(model, tmp_path):
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, "--clip-count", "10")))
+    hands = eval_mi.share(lab, 3)
+    assert sorted(id(c) for c in lab.cells) == sorted(id(c) for hand in hands for *_, cells in hand for c in cells)
+    loads = [sum(lab.passes(*group) for group in hand) for hand in hands]
+    assert max(loads) < 1.2 * min(loads)
+    assert [[g[:3] for g in hand] for hand in eval_mi.share(lab, 3)] == [[g[:3] for g in hand] for hand in hands]
+    assert eval_mi.share(lab, 1)[0] == lab.work
 
 
-def test_a_damaged_cell_is_set_aside_reported_and_computed_again(copy, model, capsys):
+def test_damaged_files_are_set_aside_reported_and_made_again(copy, model, capsys):
     before = table(copy)
-    victims = [sorted((copy / "cells").glob(f"{kind}-*.npz"))[0] for kind in ("score", "score", "motion")]
-    victims[1] = sorted((copy / "cells").glob("score-*.npz"))[1]
-    data = bytearray(victims[0].read_bytes())
-    data[len(data) // 2] ^= 255                                                    # one byte
-    victims[0].write_bytes(data)
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))
+    one, two, three = [c for c in lab.cells if c.variant.name == "no-mqk" and c.seed == 0]
+    victims = [lab.score_path(one), lab.score_path(two), lab.motion_path(three.clip, "no-mqk", 0)]
+    for path in (victims[0], victims[2]):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 255                                                # one byte
+        path.write_bytes(data)
     victims[1].write_bytes(victims[1].read_bytes()[:100])                          # cut off
-    victims[2].write_bytes(b"")
+    lab.sample_path(three).unlink()                                                # asks for that training again
     assert eval_mi.main(arguments(model, copy)) == 0
     said = capsys.readouterr().err
-    assert said.count("is damaged") >= 2 and "Traceback" not in said
-    assert all(v.with_suffix(".corrupt").exists() for v in victims[:2])
-    assert json.loads((copy / "results.json").read_text())["run"]["computed"] == 2
+    assert said.count("is damaged") == 3 and "Traceback" not in said
+    assert all(v.with_suffix(".damaged").exists() for v in victims)
+    assert json.loads((copy / "results.json").read_text())["run"]["computed"] == 3
     assert_same(table(copy), before)
 
 
+def test_damaged_frames_and_training_states_are_no_end(copy, model, capsys):
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))
+    cell = next(c for c in lab.cells if c.variant.name == "no-mv" and c.seed == 0)
+    lab.sample_path(cell).write_bytes(b"")
+    assert eval_mi.main(arguments(model, copy, "--report")) == 0                   # the page does without it
+    path = lab.motion_path(cell.clip, "no-mv", 0)
+    path.unlink()
+    path.with_suffix(".training").write_bytes(b"no state")
+    assert eval_mi.main(arguments(model, copy)) == 0
+    assert path.exists() and frames_of(lab, cell).any()
+    assert capsys.readouterr().err.count("is damaged") == 2
+
+
 def test_a_changed_setting_makes_new_cells_and_keeps_the_old(copy, model):
-    old = cells(copy)
+    old = files(copy)
     assert eval_mi.main(arguments(model, copy, "--guidance", "3", "--variants", "no-mqk,vae")) == 0
     results = json.loads((copy / "results.json").read_text())
-    assert results["run"]["computed"] == 6 + 6 + 4                                 # full, no-mqk, again; vae is kept
+    assert results["run"]["computed"] == 6 + 6                                     # full, no-mqk; vae is kept
     assert [r["name"] for r in results["rows"]] == ["full", "no-mqk", "vae"]
-    new = cells(copy)
+    new = files(copy)
     assert all(new[name] == when for name, when in old.items())
-    assert sum(name.startswith("motion") for name in new) == sum(name.startswith("motion") for name in old)
+    assert len(files(copy, "motions")) == sum(name.startswith("motions") for name in old)
     assert eval_mi.main(arguments(model, copy, "--grid", "9", "--variants", "no-mqk")) == 0
-    newest = cells(copy)                                                           # another judge, the same videos
-    assert sum(name.startswith("video") for name in newest) == sum(name.startswith("video") for name in new)
+    assert len(files(copy, "cells")) == sum(name.startswith("cells") for name in new)     # another judge only
+
+
+def test_other_weights_and_other_code_make_new_cells(model, finished, tmp_path, monkeypatch):
+    settings = eval_mi.parse(arguments(model, finished))
+    cell = eval_mi.Lab(settings).cells[0]
+    paths = [eval_mi.Lab(settings).sample_path(cell)]
+    other = shutil.copytree(model, tmp_path / "model")
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    paths.append(eval_mi.Lab(eval_mi.parse(arguments(other, finished))).sample_path(cell))
+    monkeypatch.setattr(eval_mi, "CODE_VERSION", 0)
+    paths.append(eval_mi.Lab(settings).sample_path(cell))
+    assert len({p.name for p in paths}) == 3 and paths[0].exists()
 
 
 def test_every_variant_runs(model, tmp_path):
@@ -297,62 +454,84 @@ def test_every_variant_runs(model, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ User Preference
 
-def test_votes_round_trip(tmp_path, copy, model):
-    path = tmp_path / "votes.csv"
-    votes = [{"participant": f"p{i}", "scene": "spiral/0/0", "options": "base|full|no-mqk", "check": "",
-              "choice": "full" if i < 6 else "no-mqk"} for i in range(9)]
-    careless = [{"participant": "p9", "scene": "check", "options": "base|full", "check": "full", "choice": "base"},
-                {"participant": "p9", "scene": "spiral/0/0", "options": "base|full", "check": "", "choice": "base"}]
+def write_votes(path, lab, picks):
+    """A file as the page saves it; picks: participant -> the variant chosen everywhere, or None for a careless one."""
+    questions, variant_of, run_id = eval_mi.ballot_questions(lab)
+    checks = eval_mi.attention_checks(questions, run_id)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, eval_mi.VOTE_FIELDS)
-        writer.writeheader()
-        writer.writerows(votes + careless)
-    assert eval_mi.read_votes(path) == votes + careless
-    found = eval_mi.preference(votes + careless, ["full", "base", "no-mqk", "no-mv"])
-    assert (found["full"]["share"], found["full"]["votes"], found["full"]["people"]) == (pytest.approx(2 / 3), 9, 9)
-    assert (found["full"]["low"], found["full"]["chance"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    # All agree: the bootstrap has no width, Wilson's interval has.
-    alike = eval_mi.preference(votes[:6], ["full", "base"])
-    assert (alike["full"]["low"], alike["full"]["high"]) == eval_mi.wilson_interval(6, 6) != (1, 1)
-    assert found["base"]["share"] == 0 and "no-mv" not in found
-    assert eval_mi.main(arguments(model, copy, "--report", "--votes", str(path))) == 0
-    rows = {r["name"]: r["preference"] for r in json.loads((copy / "results.json").read_text())["rows"]}
-    assert rows["full"]["share"] == pytest.approx(2 / 3) and rows["no-mv"] is None
-    line = next(x for x in (copy / "results.md").read_text().splitlines() if x.startswith("| full |"))
-    assert "0.667 (0.333 to 1.000)" in line
-    assert "User Preference of full: 9 votes of 9 people; chance 0.333." in (copy / "results.md").read_text()
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())           # as spreadsheets save it
-    assert eval_mi.read_votes(path) == votes + careless
+        writer = csv.writer(file)
+        writer.writerow(eval_mi.VOTE_FIELDS)
+        for person, pick in picks.items():
+            for n, (q, right) in enumerate([(q, None) for q in questions] + checks):
+                shown = list(q.candidates)
+                choice = right if right and pick else next(
+                    key for key in shown if (variant_of[key] == pick if not right and pick else key != right))
+                writer.writerow([run_id, person, n, q.id, "|".join(shown), choice])
+
+
+def test_a_ballot_from_finished_cells_and_its_votes_in_the_table(copy, model, monkeypatch, capsys):
+    monkeypatch.setattr(mini_mi, "load_models", None)            # finished cells are all it needs
+    assert eval_mi.main(arguments(model, copy, "--votes", str(copy))) == 2
+    assert "--ballot" in capsys.readouterr().err
+    before = (copy / "results.json").read_bytes()
+    more = ("--prompt-count", "2")                               # cells of the second prompt are not there
+    assert eval_mi.main(arguments(model, copy, "--ballot", *more)) == 0
+    assert "3 questions" in capsys.readouterr().out and (copy / "results.json").read_bytes() == before
+    page = (copy / "ballot.html").read_text(encoding="utf-8")
+    assert not [name for name in ("no-mqk", "no-mv", "drop-") if name in page]
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy, "--report")))
+    picks = {f"p{i}": "full" if i < 4 else "no-mqk" for i in range(6)}
+    (copy / "votes").mkdir()
+    write_votes(copy / "votes" / "one.csv", lab, picks)
+    write_votes(copy / "two.csv", lab, {"careless": None})
+    (copy / "other.csv").write_text("a,b\n1,2\n")
+    given = [str(copy / name) for name in ("votes", "two.csv", "other.csv")]
+    assert eval_mi.main(arguments(model, copy, "--votes", *given)) == 0
+    results = json.loads((copy / "results.json").read_text())
+    votes = {r["name"]: r["preference"] for r in results["rows"]}
+    assert [votes[n]["share"] for n in ("full", "no-mqk", "no-mv", "base")] == pytest.approx([4 / 6, 2 / 6, 0, 0])
+    assert (votes["full"]["n"], votes["full"]["participants"], votes["full"]["chance"]) == (18, 6, 0.25)
+    assert votes["drop-mv"] is None
+    mean, _, _, p = results["preference"]["tests"]["no-mv"]
+    assert (mean, p) == (pytest.approx(4 / 6), 2 * 4 / 2 ** 6)    # four of six people, all of one sign
+    text = (copy / "results.md").read_text(encoding="utf-8")
+    assert "1 of 7 participants left out" in text and "other.csv left out" in text and "0.67 (" in text
+    assert "User Preference of full: 18 votes of 6 people, chance 0.250." in text
+
+
+def test_a_ballot_keeps_its_questions_and_says_what_it_lacks(copy, model, capsys):
+    more = ("--ballot", "--clip-count", "2", "--ballot-variants", "full,base")
+    assert eval_mi.main(arguments(model, copy, *more)) == 0
+    first = (copy / "ballot.html").read_text(encoding="utf-8")
+    assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,base")) == 0
+    assert (copy / "ballot.html").read_text(encoding="utf-8") == first
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0                   # other variants: another ballot
+    assert (copy / "ballot.html").read_text(encoding="utf-8") != first
+    assert eval_mi.main(arguments(model, copy, "--ballot", "--guidance", "3")) == 2
+    assert "ballot.json" in capsys.readouterr().err
+    assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,mv-1d")) == 2
+    assert "mv-1d" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("more, said", [
-    (["--variants", "full,no-such"], "no-such"), (["--clip-count", "99"], "--clip-count"),
+    (["--variants", "full,no-such"], "no-such"), (["--clip-count", "0"], "--clip-count"),
+    (["--clips", str(ROOT / "data" / "clips"), "--clip-count", "99"], "--clip-count"),
+    (["--clips", str(ROOT / "data" / "clips"), "--frames", "40"], "has 16 frames"), (["--training-seeds", "0"], "--training-seeds"),
     (["--prompt-count", "9"], "--prompt-count"), (["--size", "64"], "WIDTHxHEIGHT"),
     (["--size", "60x64"], "multiples of 8"), (["--frames", "1"], "--frames"), (["--steps", "0"], "--steps"),
-    (["--frames", "40"], "has 16 frames"), (["--dtype", "int8"], "--dtype"), (["--clips", "nowhere"], "nowhere"),
-    (["--model", "nowhere"], "nowhere"), (["--clip", "nowhere"], "nowhere"), (["--votes", "nowhere"], "nowhere"),
+    (["--split", "train"], "--split"), (["--size", "64x32"], "square"), (["--dtype", "int8"], "--dtype"), (["--clips", "nowhere"], "nowhere"),
+    (["--model", "nowhere"], "nowhere"), (["--clip", "nowhere"], "nowhere"), (["--votes", "nowhere"], "ballot"),
+    (["--ballot", "--ballot-variants", "full"], "--ballot-variants"), (["--ballot-variants", "vae,full"], "--ballot-variants"),
     (["--noise-prior", "2"], "--noise-prior"), (["--no-such-option"], "--no-such-option"),
     (["--tracker", "magic"], "--tracker"), (["--device", "cuda:77"], "cuda"), (["--device", "gpu"], "--device"),
-    (["--guidance", "nan"], "--guidance"), (["--dtype", "float16"], "--together 1"),
+    (["--guidance", "nan"], "--guidance"),
     (["--out", str(ROOT / "README.md")], "--out")])
 def test_bad_input_is_one_line_and_status_2(finished, model, capsys, more, said):
     assert eval_mi.main(arguments(model, finished, "--report", *more)) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and said in error
-
-
-@pytest.mark.parametrize("content, said", [
-    (b"participant,choice\np,full\n", "columns"), (b"\xff\xfe\x00", "cannot be read"),
-    (b"participant,scene,options,choice,check\np,s,full|base,vae,\n", "line 2: 'vae'"),
-    (b"participant,scene,options,choice,check\np,s,full|base\n", "columns"),
-    (b"participant,scene,options,choice,check\np,s,full|base,full,vae\n", "line 2: check 'vae'"),
-    (b"participant,scene,options,choice,check\n", "no vote")])
-def test_bad_votes(tmp_path, content, said):
-    (tmp_path / "votes.csv").write_bytes(content)
-    with pytest.raises(mini_mi.UserError, match=said):
-        eval_mi.read_votes(tmp_path / "votes.csv")
 
 
 @pytest.mark.parametrize("index, said", [
@@ -363,6 +542,39 @@ def test_bad_clips_json(model, tmp_path, capsys, index, said):
     more = ("--clips", str(tmp_path), "--clip-count", "1")
     assert eval_mi.main(arguments(model, tmp_path / "out", *more)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_embedded_world_has_any_number_of_clips(model, tmp_path):
+    """The committed clips are the first of the split; `validation` has others."""
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, "--clip-count", "15", "--frames", "16")))
+    assert len({c.name for c in lab.clips}) == len({c.digest for c in lab.clips}) == 15
+    assert lab.clips[9].caption == world.reference("test", 9)["caption"]
+    folder = eval_mi.Lab(eval_mi.parse(arguments(
+        model, tmp_path, "--clip-count", "2", "--frames", "16", "--clips", str(ROOT / "data" / "clips"))))
+    assert [(c.name, c.digest, c.prompts) for c in folder.clips] == [
+        (c.name, c.digest, c.prompts) for c in lab.clips[:2]]
+    more = ("--clip-count", "15", "--split", "validation", "--frames", "16")
+    other = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, *more)))
+    assert not {c.digest for c in other.clips} & {c.digest for c in lab.clips}
+
+
+def test_thumbnails_and_descriptions_are_no_clips(tmp_path):
+    """A still picture is none, whatever its format; a picture that moves, a video and a folder are."""
+    clip = ROOT / "data" / "clips" / "spiral.webp"
+    shutil.copy(clip, tmp_path / "dog.webp")
+    still = Image.new("RGB", (64, 64))
+    for name in ("dog.jpg", "dog.png", "cat.webp"):
+        still.save(tmp_path / name)
+    for name in ("dog.description", "dog.srt", "dog.txt", "cat.mp4"):
+        (tmp_path / name).write_text("words")
+    assert eval_mi.find_clip(tmp_path, "dog").name == "dog.webp"
+    assert eval_mi.find_clip(tmp_path, "cat").name == "cat.mp4"
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(mini_mi.UserError, match="dog and dog.webp"):
+        eval_mi.find_clip(tmp_path, "dog")
+    assert eval_mi.find_clip(tmp_path, "dog.webp").name == "dog.webp"
+    with pytest.raises(mini_mi.UserError, match="no such clip"):
+        eval_mi.find_clip(tmp_path, "bird")
 
 
 def test_texts_that_the_tiny_world_cannot_show(model, tmp_path, capsys):

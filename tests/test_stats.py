@@ -106,6 +106,37 @@ def test_detectable_difference_is_found_with_the_power_it_promises():
     assert 0.76 < hits / 2000 < 0.86
 
 
+def test_variance_components_are_found_again_and_worked_by_hand():
+    # Two clips of two trainings of two samples, by hand: within 0.5, trainings' means 0.5 3 | 6.5 7.
+    parts = eval_mi.variance_components([[[0, 1], [2.5, 3.5]], [[6, 7], [6.5, 7.5]]])
+    within, trainings = 0.5, (2.5 ** 2 / 2 + 0.5 ** 2 / 2) / 2
+    clips = (6.75 - 1.75) ** 2 / 2
+    assert parts == pytest.approx((clips - trainings / 2, trainings - within / 2, within))
+    rng = np.random.default_rng(5)
+    values = (0.3 * rng.normal(size=(400, 1, 1)) + 0.2 * rng.normal(size=(400, 3, 1))
+              + 0.4 * rng.normal(size=(400, 3, 4)))
+    assert np.sqrt(eval_mi.variance_components(values)) == pytest.approx([0.3, 0.2, 0.4], abs=0.03)
+    # Of one training each its spread is part of the clips'; of one sample, too.
+    per_clip, none, _ = eval_mi.variance_components(values[:, :1])
+    assert none is None and math.sqrt(per_clip) == pytest.approx(math.hypot(0.3, 0.2), abs=0.03)
+    assert eval_mi.variance_components(values[:, :1, :1])[1:] == (None, None)
+
+
+def test_detectable_with_is_that_of_the_interval_seen_and_what_other_runs_would_find():
+    rng = np.random.default_rng(6)
+    values = 0.2 * rng.normal(size=(12, 1, 1)) + 0.3 * rng.normal(size=(12, 1, 4))
+    mean, low, high = eval_mi.student_interval(values.mean((1, 2)))
+    parts = eval_mi.variance_components(values)
+    assert eval_mi.detectable_with(parts, 12, 1, 4) == pytest.approx(
+        eval_mi.detectable_difference(high - mean, 12))
+    hits, effect = 0, eval_mi.detectable_with((0.04, 0.01, 0.09), 20, 2, 3, alpha=0.05 / 4)
+    for _ in range(1000):
+        d = (0.2 * rng.normal(size=(20, 1, 1)) + 0.1 * rng.normal(size=(20, 2, 1))
+             + 0.3 * rng.normal(size=(20, 2, 3)))
+        hits += eval_mi.student_interval(d.mean((1, 2)) + effect, 1 - 0.05 / 4)[1] > 0
+    assert 0.75 < hits / 1000 < 0.86
+
+
 def test_holm_worked_example():
     # Sorted p times 4, 3, 2, 1, then never falling: 0.04, 0.06, 0.06, 0.06 (from 0.02 * 3, 0.03 * 2, 0.04 * 1)
     assert eval_mi.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
