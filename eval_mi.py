@@ -36,6 +36,7 @@ metric, simulated coverage for intervals of means, shares and the jackknife. See
 
 import argparse
 import base64
+import collections
 import contextlib
 import copy
 import csv
@@ -45,6 +46,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -62,7 +64,7 @@ import scipy.stats
 import torch
 import torch.distributed
 import torch.nn.functional as nnf
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -217,18 +219,10 @@ def kernel_distance(x, y):
     Source: Binkowski et al., arXiv 1801.01401.
     """
     x, y = _samples(x, y)
-    d = x.shape[1]
-
-    def kernel(a, b):
-        """The cubic kernel of all pairs."""
-        return (a @ b.T / d + 1) ** 3
-
-    def without_self(a):
-        """Its mean over pairs of different samples."""
-        k = kernel(a, a)
-        return (k.sum() - np.trace(k)) / (len(a) * (len(a) - 1))
-
-    return float(without_self(x) + without_self(y) - 2 * kernel(x, y).mean())
+    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    # Unbiased: within a set only pairs of different samples count.
+    within = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy))
+    return float(within - 2 * xy.mean())
 
 
 # ---------------------------------------------------------------------------------------------------- motion
@@ -299,11 +293,11 @@ def _lucas_kanade(first, second, points, radius, iterations):
         value, along_x, along_y = _values_at(first[level], p).chunk(3, dim=-1)           # each (B,n,W,3)
         gradient = torch.stack([along_x, along_y], -1).flatten(2, 3)                       # (B,n,W*3,2)
         weighted = gradient * weight.repeat_interleave(3)[:, None]
-        inverse = torch.linalg.inv(weighted.mT @ gradient + stiffness)                     # G^-1 (B,n,2,2)
+        # G^-1 and the sum over the window as one matrix, (B,n,2,W*3).
+        solve = torch.linalg.inv(weighted.mT @ gradient + stiffness) @ weighted.mT
         for _ in range(iterations):
             error = value - _values_at(second[level][:, :3], p + d[:, :, None])
-            move = inverse @ weighted.mT @ error.flatten(2)[..., None]
-            d = d + move.squeeze(-1).clamp(-radius, radius)
+            d = d + (solve @ error.flatten(2)[..., None]).squeeze(-1).clamp(-radius, radius)
         d = d * 2 if level else d
     return points + d
 
@@ -450,18 +444,16 @@ def variance_components(values):
     trainings. None where a level has one member only; its variance is then part of the level above.
     Source: Searle, Casella and McCulloch 1992, chapter 3 (balanced, negative estimates set to 0).
     """
-    _, trainings, samples = np.shape(values)
-    per_training = np.mean(values, 2)
-    within = np.var(values, axis=2, ddof=1).mean() if samples > 1 else None
-    between = within_clips = None
-    noise = (within or 0) / samples                                  # of a training's mean
-    if trainings > 1:
-        between = max(0.0, np.var(per_training, axis=1, ddof=1).mean() - noise)
-        noise = noise / trainings + between / trainings              # of a clip's mean
-    else:
-        noise /= trainings
-    within_clips = max(0.0, np.var(per_training.mean(1), ddof=1) - noise)
-    return tuple(None if v is None else float(v) for v in (within_clips, between, within))
+    found, noise = [], 0.0                          # noise: variance of the means that the level above sees
+    for level in (2, 1, 0):
+        if np.shape(values)[level] > 1:
+            seen = np.var(values, axis=level, ddof=1).mean()
+            found.insert(0, float(max(0.0, seen - noise)))
+            noise = (noise + found[0]) / np.shape(values)[level]
+        else:
+            found.insert(0, None)
+        values = np.mean(values, axis=level)
+    return tuple(found)
 
 
 def detectable_with(components, clips, trainings, samples, alpha=0.05):
@@ -580,7 +572,21 @@ def fingerprint(*folders):
     return total.hexdigest()
 
 
-def kept(path, read):
+def save_arrays(path, about, arrays):
+    """about: JSON-able dict; arrays: name -> array. A killed run leaves the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mini_mi.atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, about=json.dumps(about), **arrays)
+
+
+def read_arrays(path):
+    """What `save_arrays` wrote -> (about, arrays); a zip file, in which every array has a checksum."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return json.loads(str(arrays.pop("about"))), arrays
+
+
+def kept(path, read=read_arrays):
     """read(path), or None where there is no such file. A damaged one is set aside, and that is said."""
     try:
         return read(path) if path.exists() else None
@@ -594,18 +600,12 @@ def kept(path, read):
                    f"{aside.name}, to be made again", file=sys.stderr)
 
 
-def save_arrays(path, about, arrays):
-    """about: JSON-able dict; arrays: name -> array. A killed run leaves the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mini_mi.atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, about=json.dumps(about), **arrays)
-
-
-def read_arrays(path):
-    """What `save_arrays` wrote -> (about, arrays); a zip file, in which every array has a checksum."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    return json.loads(str(arrays.pop("about"))), arrays
+def once(path, make):
+    """The arrays in a file, name -> array; where it is not there, or damaged, make() gives them first."""
+    if (found := kept(path)) is None:
+        found = {}, make()
+        save_arrays(path, *found)
+    return found[1]
 
 
 def checksum(motion):
@@ -624,15 +624,12 @@ def read_motion(path):
 
 def find_clip(folder, name):
     """The clip of this name, or stem, in a folder: a video file, a picture that moves, or a folder."""
-    def is_clip(path):
-        """Not a thumbnail, a description, subtitles."""
-        if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or path.name == name:
-            return True
+    found = []
+    for path in sorted(p for p in folder.iterdir() if name in (p.name, p.stem)):
+        moves = path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or path.name == name
         with contextlib.suppress(OSError, ValueError), Image.open(path) as picture:
-            return getattr(picture, "is_animated", False)
-        return False
-
-    found = sorted(p for p in folder.iterdir() if name in (p.name, p.stem) and is_clip(p))
+            moves |= getattr(picture, "is_animated", False)
+        found += [path] if moves else []           # and no thumbnail, description or subtitles
     if not found:
         raise UserError(f"{folder / 'clips.json'} names {name}, but there is no such clip beside it")
     if len(found) > 1:
@@ -643,39 +640,38 @@ def find_clip(folder, name):
 
 def read_clips(settings, in_world):
     """The reference clips: of `--clips`, or, for the embedded model, as many as asked for of the world."""
-    s, clips = settings, []
+    s, clips, rendered = settings, [], in_world and not settings.clips
     width, height = map(int, s.size.split("x"))
-    if in_world and not s.clips:
+    if rendered:
         if width != height:
             raise UserError(f"--size {s.size}: clips of the embedded world are square; "
                             f"take --size {width}x{width}")
-        for entry in (world.reference(s.split, i) for i in range(s.clip_count)):
-            prompts = tuple(entry["prompts"])
-            if len(prompts) < s.prompt_count:
-                raise UserError(f"a clip of the world has {len(prompts)} prompts; lower --prompt-count")
-            scene = world.scene(entry["seed"], [entry["motion"]], entry["caption"])
-            clips.append(Clip(entry["name"], world.render(scene, s.frames, width), entry["caption"],
-                              entry["motion"], prompts))
-        return clips
-    file = Path(s.clips or mini_mi.HERE / "data" / "clips") / "clips.json"
-    index = mini_mi.read_json(file)
-    if len(index) < s.clip_count:
-        raise UserError(f"{file} names {len(index)} clips; lower --clip-count {s.clip_count}")
-    for name, entry in list(index.items())[:s.clip_count]:
+        file, entries = "the embedded world", [world.reference(s.split, i) for i in range(s.clip_count)]
+        entries = [(entry["name"], entry) for entry in entries]
+    else:
+        file = Path(s.clips or mini_mi.HERE / "data" / "clips") / "clips.json"
+        entries = list(mini_mi.read_json(file).items())
+    if len(entries) < s.clip_count:
+        raise UserError(f"{file} names {len(entries)} clips; lower --clip-count {s.clip_count}")
+    for name, entry in entries[:s.clip_count]:
         entry = entry if isinstance(entry, dict) else {}
         caption, prompts = entry.get("caption"), entry.get("prompts", [])
-        listed = isinstance(prompts, list) and len(prompts) >= s.prompt_count
+        listed = isinstance(prompts, (list, tuple)) and len(prompts) >= s.prompt_count
         if not isinstance(caption, str) or not listed:
             raise UserError(f"{file}: {name} needs a caption and {s.prompt_count} prompts; "
                             "add them or lower --prompt-count")
-        frames = mini_mi.read_video(find_clip(file.parent, name), s.frames, (width, height))
-        clips.append(Clip(name, frames, caption, str(entry.get("motion", name)), tuple(map(str, prompts))))
-    if in_world:
-        for text in (text for clip in clips for text in (clip.caption, *clip.prompts)):
+        texts = (caption, *map(str, prompts))
+        if rendered:
+            scene = world.scene(entry["seed"], [entry["motion"]], caption)
+            frames = world.render(scene, s.frames, width)
+        else:
+            frames = mini_mi.read_video(find_clip(file.parent, name), s.frames, (width, height))
+        for text in texts if in_world else ():
             try:
                 world.attributes(text)
             except ValueError as e:
                 raise UserError(f"{e}; the embedded model knows no other texts") from None
+        clips.append(Clip(name, frames, caption, str(entry.get("motion", name)), texts[1:]))
     return clips
 
 
@@ -710,7 +706,7 @@ def run_experiment(lab, ranks=1, rank=0):
                     continue
                 bar.set_description_str(f"{clip.name}: {batch[0].variant.name}")
                 # The whole batch again if one of it is missing: the same company gives the same last digits.
-                samples = [kept(lab.sample_path(c), read_arrays) for c in batch]
+                samples = [kept(lab.sample_path(c)) for c in batch]
                 if not all(samples):
                     if training and motion is None:
                         motion = lab.train(clip, training, train_seed, bar.update)
@@ -793,15 +789,18 @@ class Lab:
 
     # ---- what is finished, and what is still to do
 
+    def path(self, folder, name, *what, suffix=".npz"):
+        """The place of something finished; what: everything that determines it, but for its name."""
+        return self.out / folder / f"{name}-{digest(*what)}{suffix}"
+
     def noise_path(self, clip):
         """A clip's latents and inverted noise."""
-        what = digest(self.base, clip.digest, self.settings.invert_steps)
-        return self.out / "noise" / f"{clip.name}-{what}.npz"
+        return self.path("noise", clip.name, self.base, clip.digest, self.settings.invert_steps)
 
     def motion_path(self, clip, training, train_seed):
         """A clip's trained embeddings."""
-        what = digest(self.base, clip.digest, train_seed, self.training(training))
-        return self.out / "motions" / f"{clip.name}-{training}-r{train_seed}-{what}.safetensors"
+        return self.path("motions", f"{clip.name}-{training}-r{train_seed}", self.base, clip.digest,
+                         train_seed, self.training(training), suffix=".safetensors")
 
     def sample_path(self, cell):
         """The frames of a cell."""
@@ -809,17 +808,17 @@ class Lab:
         noise = [self.noise_path(cell.clip).name, s.noise_prior] if v.prior else None
         motion = v.training and [self.motion_path(cell.clip, v.training, cell.train_seed).name, v.use]
         how = [s.sample_steps, s.guidance, noise, motion] if v.sampled else None
-        what = digest(self.base, cell.clip.digest, cell.key, cell.prompt, how)
-        return self.out / "cells" / cell.clip.name / f"{cell.name}-{what}.npz"
+        return self.path("cells", f"{cell.clip.name}/{cell.name}", self.base, cell.clip.digest, cell.key,
+                         cell.prompt, how)
 
     def score_path(self, cell):
         """What the judges said about it."""
-        what = digest(self.sample_path(cell).name, self.judges, cell.clip.digest)
-        return self.out / "scores" / cell.clip.name / f"{cell.name}-{what}.npz"
+        return self.path("scores", f"{cell.clip.name}/{cell.name}", self.sample_path(cell).name, self.judges,
+                         cell.clip.digest)
 
     def is_finished(self, cell):
         """Nothing is to be done."""
-        return self.sample_path(cell).exists() and kept(self.score_path(cell), read_arrays) is not None
+        return self.sample_path(cell).exists() and kept(self.score_path(cell)) is not None
 
     def training(self, name):
         """The options of `train_motion` for one of TRAININGS."""
@@ -840,55 +839,50 @@ class Lab:
 
     def invert(self, clip):
         """clip -> latents (1,C,F,H,W) and inverted noise (1,C,F,H,W)."""
-        path = self.noise_path(clip)
-        found = kept(path, read_arrays)
-        if found is None:
+        def make():
+            """The reference as latents, and these as the noise that leads to them."""
             latents = mini_mi.encode_video(self.models, mini_mi.to_model_range(clip.frames))
-            empty = mini_mi.encode_prompt(self.models, [""])
-            steps = self.settings.invert_steps
-            noise = mini_mi.ddim_invert(self.models, latents, empty, steps, progress=False)
-            found = {}, {"latents": latents.float().cpu().numpy(), "noise": noise.float().cpu().numpy()}
-            save_arrays(path, *found)
-        return tuple(torch.from_numpy(found[1][name]).to(self.device) for name in ("latents", "noise"))
+            noise = mini_mi.ddim_invert(self.models, latents, mini_mi.encode_prompt(self.models, [""]),
+                                        self.settings.invert_steps, progress=False)
+            return {"latents": latents.float().cpu().numpy(), "noise": noise.float().cpu().numpy()}
+
+        arrays = once(self.noise_path(clip), make)
+        return tuple(torch.from_numpy(arrays[name]).to(self.device) for name in ("latents", "noise"))
 
     def train(self, clip, training, train_seed, progress):
         """clip -> MotionEmbeddings in eval mode; their `source` holds what they cost.
 
         progress: is told the forward passes that are done; a step with its way back costs three.
         """
-        path, options = self.motion_path(clip, training, train_seed), self.training(training)
-        state, already = path.with_suffix(".training"), 0
-        motion = kept(path, read_motion)
-        if motion is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            began, last = time.perf_counter(), 0
-            # A damaged state of an interrupted training is set aside here and not in its middle.
-            kept(state, functools.partial(torch.load, weights_only=True, map_location="cpu"))
+        s, options = self.settings, self.training(training)
+        path = self.motion_path(clip, training, train_seed)
+        state, on_gpu, last = path.with_suffix(".training"), self.device.type == "cuda", 0
+        if (motion := kept(path, read_motion)) is not None:
+            return motion.to(self.device)
 
-            def on_step(step, _):
-                """Moves the bar, also over the steps that an earlier run has made."""
-                nonlocal last
-                progress(3 * options["batch"] * (step - last))
-                last = step
+        def on_step(step, _):
+            """Moves the bar, also over the steps that an earlier run has made."""
+            nonlocal last
+            progress(3 * options["batch"] * (step - last))
+            last = step
 
-            text = mini_mi.encode_prompt(self.models, [clip.caption])
-            motion = mini_mi.train_motion(
-                self.models, self.invert(clip)[0], text, **options, seed=train_seed, state=state,
-                on_step=on_step, checkpointing=self.settings.checkpointing, progress=False)
-            motion.source = {"model": self.settings.model, "prompt": clip.caption,
-                             "frames": self.settings.frames, "size": self.settings.size,
-                             "checksum": checksum(motion), "cost": {
-                                 "train_seconds": time.perf_counter() - began, "memory": self.peak_memory(),
-                                 "parameters": sum(p.numel() for p in motion.parameters())}}
-            motion.save(path)
-            state.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A damaged state of an interrupted training is set aside here and not in its middle.
+        kept(state, functools.partial(torch.load, weights_only=True, map_location="cpu"))
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        began, text = time.perf_counter(), mini_mi.encode_prompt(self.models, [clip.caption])
+        motion = mini_mi.train_motion(
+            self.models, self.invert(clip)[0], text, **options, seed=train_seed, state=state,
+            on_step=on_step, checkpointing=s.checkpointing, progress=False)
+        cost = {"train_seconds": time.perf_counter() - began,        # memory in MiB; a CPU does not tell
+                "memory": torch.cuda.max_memory_allocated(self.device) / 2 ** 20 if on_gpu else None,
+                "parameters": sum(p.numel() for p in motion.parameters())}
+        motion.source = {"model": s.model, "prompt": clip.caption, "frames": s.frames, "size": s.size,
+                         "checksum": checksum(motion), "cost": cost}
+        motion.save(path)
+        state.unlink(missing_ok=True)
         return motion.to(self.device)
-
-    def peak_memory(self):
-        """MiB: the most that was allocated on the GPU since the reset; None on a CPU, which does not tell."""
-        return torch.cuda.max_memory_allocated(self.device) / 2 ** 20 if self.device.type == "cuda" else None
 
     def sample(self, cells, motion, progress):
         """Cells of one clip and variant in one batch -> [(about, {"frames": (F,h,w,3) uint8})], kept."""
@@ -940,12 +934,8 @@ class Lab:
 
     def reference(self, clip):
         """The reference clip through the same judges, once per clip -> arrays of `measure`."""
-        path = self.out / "references" / f"{clip.name}-{digest(clip.digest, self.judges)}.npz"
-        found = kept(path, read_arrays)
-        if found is None:
-            found = {}, self.measure([clip.frames])[0]
-            save_arrays(path, *found)
-        return found[1]
+        return once(self.path("references", clip.name, clip.digest, self.judges),
+                    lambda: self.measure([clip.frames])[0])
 
     def judge(self, cells, samples):
         """Judges cells of one clip and variant and writes their scores."""
@@ -998,17 +988,13 @@ class Lab:
 #   RESULTS: from finished cells to numbers with intervals, and to sentences
 # ===========================================================================================================
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sample:
-    """A finished cell, and what `Lab.judge` wrote about it."""
-    cell: Cell
-    about: dict
-    arrays: dict
+# A finished cell, and what `Lab.judge` wrote about it.
+Sample = collections.namedtuple("Sample", "cell about arrays")
 
 
 def collect(lab):
     """All results of the finished cells of the plan, as a JSON-able dict, ready for the report."""
-    finished = [(cell, kept(lab.score_path(cell), read_arrays)) for cell in lab.cells]
+    finished = [(cell, kept(lab.score_path(cell))) for cell in lab.cells]
     samples = [Sample(cell, *found) for cell, found in finished if found]
     by_name = {name: [s for s in samples if s.cell.variant.name == name] for name in lab.settings.variants}
     by_name = {name: members for name, members in by_name.items() if members}
@@ -1118,27 +1104,24 @@ def compare(name, members, full, distance, full_distance):
 def components(by_name, comparisons):
     """Where the spread of the primary differences comes from, and what other such runs would detect."""
     found = []
-    for name in [c["name"] for c in comparisons if c["name"] in ABLATIONS]:
-        for m in PRIMARY:
-            values = {}                                              # clip -> (training, sample) -> scores
-            for sign, members in ((1, by_name[name]), (-1, by_name["full"])):
-                for s in members:
-                    c = s.cell
-                    pair = values.setdefault(c.clip.name, {}).setdefault((c.train_seed, c.place, c.seed), [])
-                    pair.append(sign * s.about["scores"][m])
-            # A run that is not finished has clips with fewer pairs: those with most of them are compared.
-            paired = [{k: sum(pair) for k, pair in v.items() if len(pair) == 2} for v in values.values()]
-            keys = max((sorted(p) for p in paired), key=len)
-            trainings = len({k[0] for k in keys})
-            cube = np.array([[p[k] for k in keys] for p in paired if sorted(p) == keys])
-            if len(cube) > 1 and keys and len(keys) % trainings == 0:
-                cube = cube.reshape(len(cube), trainings, -1)
-                parts, shape = variance_components(cube), cube.shape
-                found.append({
-                    "name": name, "metric": m, "shape": shape,
-                    "deviations": [None if v is None else math.sqrt(v) for v in parts],
-                    "detectable": [[*run, detectable_with(parts, *run, alpha=0.05 / FAMILY)]
-                                   for run in (shape, (24, 1, 8), (48, 1, 8), (60, 1, 8))]})
+    for name, m in itertools.product([c["name"] for c in comparisons if c["name"] in ABLATIONS], PRIMARY):
+        ours, full = ({(s.cell.train_seed, *s.cell.key): s.about["scores"][m] for s in by_name[n]}
+                      for n in (name, "full"))
+        clips = {}                                  # name of a clip -> (training, prompt, seed) -> difference
+        for key in (key for key in ours if key in full):
+            training, clip, *which = key
+            clips.setdefault(clip, {})[training, *which] = ours[key] - full[key]
+        # A run that is not finished has clips with fewer pairs: those with most of them are compared.
+        keys = max(map(sorted, clips.values()), key=len, default=[])
+        trainings = len({training for training, *_ in keys})
+        cube = np.array([[pairs[k] for k in keys] for pairs in clips.values() if sorted(pairs) == keys])
+        if len(cube) > 1 and len(keys) % trainings == 0:
+            cube = cube.reshape(len(cube), trainings, -1)
+            parts, shape = variance_components(cube), cube.shape
+            found.append({"name": name, "metric": m, "shape": shape,
+                          "deviations": [None if v is None else math.sqrt(v) for v in parts],
+                          "detectable": [[*run, detectable_with(parts, *run, alpha=0.05 / FAMILY)]
+                                         for run in (shape, (24, 1, 8), (48, 1, 8), (60, 1, 8))]})
     return found
 
 
@@ -1176,91 +1159,8 @@ def sentence(comparison):
     return f"{comparison['name']} against full, {comparison['clips']} clips: {'. '.join(parts)}."
 
 
-def ballot_questions(lab, most=20):
-    """Questions of the ballot, from finished cells -> (list of Question, candidate id -> variant, run id).
-
-    A candidate's id is a hash of its file: only who holds the cells can tell what it is. What a ballot asks
-    is kept in ballot.json, so that votes go on counting when there are more cells; delete it to ask anew.
-    """
-    s, file, names = lab.settings, lab.out / "ballot.json", lab.settings.ballot_variants
-    clips = {c.name: c for c in lab.clips}
-
-    def paths(name, place):
-        """The candidates' files."""
-        return {n: lab.sample_path(Cell(VARIANTS[n], clips[name], place, 0)) for n in names}
-
-    known = mini_mi.read_json(file) if file.exists() else {}
-    if known and (known["variants"] == names or not s.ballot):
-        names, asked = known["variants"], [q for q in known["questions"] if q[0] in clips]
-    else:
-        ready = [(name, place) for name in clips for place in range(s.prompt_count)
-                 if all(path.exists() for path in paths(name, place).values())]
-        if not s.ballot or not ready:
-            raise UserError("no prompt has a finished cell of each variant of the ballot, " + ", ".join(names)
-                            if s.ballot else f"{file} is missing: votes need the --ballot they were given on")
-        asked = [ready[i] for i in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int)]
-        with mini_mi.atomic_write(file) as temporary:
-            Path(temporary).write_text(json.dumps({"variants": names, "questions": asked}), encoding="utf-8")
-    questions, variant_of = [], {}
-    for name, place in asked:
-        candidates = {}
-        for variant, path in paths(name, place).items():
-            found = kept(path, read_arrays)
-            if found is None:
-                raise UserError(f"the ballot shows {path.name}, which is missing: take the settings of that "
-                                f"run, or delete {file} for a new ballot")
-            with open(path, "rb") as opened:
-                key = hashlib.file_digest(opened, "sha256").hexdigest()[:12]
-            candidates[key], variant_of[key] = found[1]["frames"], variant
-        clip = clips[name]
-        questions.append(Question(digest("question", name, place), clip.prompts[place], clip.frames,
-                                  candidates, clip.caption))
-    return questions, variant_of, digest(sorted(variant_of))
-
-
-@torch.no_grad()
-def look_inside(lab):
-    """The first injected layer with the first clip's embeddings -> arrays, kept in a file; None before that.
-
-    without_mqk, with_mqk   attention maps (F,F), query frame by key frame, mean over heads and positions
-    mv_raw, mv_debiased     norm of MV over channels (F,H,W)
-    """
-    clip = lab.clips[0]
-    trained = lab.motion_path(clip, "full", 0)
-    path = lab.out / "figures" / f"{trained.stem}.npz"
-    found = kept(path, read_arrays)
-    if found or lab.settings.report:                                 # a report loads no UNet
-        return found and found[1]
-    motion = kept(trained, read_motion)
-    if motion is None:
-        return None
-    latents, motion = lab.invert(clip)[0], motion.to(lab.device)
-    block, grid = next(iter(motion.grids.items()))
-    attention = lab.models.unet.get_submodule(block).attn1
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-    t = lab.models.scheduler.T // 2
-    noisy = lab.models.scheduler.add_noise(latents, noise, t)
-    seen, arrays = {}, {}
-    hooks = [getattr(attention, part).register_forward_hook(
-        lambda module, inputs, output, part=part: seen.update({part: output})) for part in ("to_q", "to_k")]
-    for motion.use_mqk in (False, True):
-        mini_mi.predict(lab.models, noisy, t, mini_mi.encode_prompt(lab.models, [clip.caption]), motion)
-        q, k = (seen[part].float().flatten(0, -3).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-                for part in ("to_q", "to_k"))                                    # (H*W, heads, F, d_k)
-        attention_map = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1))
-        arrays["with_mqk" if motion.use_mqk else "without_mqk"] = attention_map.cpu().numpy()
-    for hook in hooks:
-        hook.remove()
-    for name in ("mv_raw", "mv_debiased"):
-        motion.train(name == "mv_raw")                               # in training MV is added as it is
-        _, m_v = motion.for_attention(block, "attn1", latents.shape[2], grid)     # (H*W, F, C)
-        arrays[name] = m_v.norm(dim=-1).T.unflatten(1, grid).cpu().numpy()
-    save_arrays(path, {"block": block, "clip": clip.name}, arrays)
-    return arrays
-
-
 # ===========================================================================================================
-# === BALLOT: User Preference, from a page that people vote on to shares with intervals
+#   BALLOT: User Preference, from a page that people vote on to shares with intervals
 # ===========================================================================================================
 
 VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
@@ -1282,12 +1182,47 @@ class Question:
     caption: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Vote:
-    """A participant's choice: the id of a candidate of that question."""
-    participant: str
-    question: str
-    choice: str
+# A participant's choice: the id of a candidate of that question.
+Vote = collections.namedtuple("Vote", "participant question choice")
+
+
+def ballot_questions(lab, most=20):
+    """Questions of the ballot, from finished cells -> (list of Question, candidate id -> variant, run id).
+
+    A candidate's id is a hash of its file: only who holds the cells can tell what it is. What a ballot asks
+    is kept in ballot.json, so that votes go on counting when there are more cells; delete it to ask anew.
+    """
+    s, file, names = lab.settings, lab.out / "ballot.json", lab.settings.ballot_variants
+    clips = {c.name: c for c in lab.clips}
+
+    def paths(name, place, names):
+        """The candidates' files."""
+        return {n: lab.sample_path(Cell(VARIANTS[n], clips[name], place, 0)) for n in names}
+
+    asked = mini_mi.read_json(file) if file.exists() else {}
+    if not asked or s.ballot and asked["variants"] != names:
+        ready = [(name, place) for name in clips for place in range(s.prompt_count)
+                 if all(path.exists() for path in paths(name, place, names).values())]
+        if not s.ballot or not ready:
+            raise UserError("no prompt has a finished cell of each variant of the ballot, " + ", ".join(names)
+                            if s.ballot else f"{file} is missing: votes need the --ballot they were given on")
+        chosen = np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int)
+        asked = {"variants": names, "questions": [ready[i] for i in chosen]}
+        with mini_mi.atomic_write(file) as temporary:
+            Path(temporary).write_text(json.dumps(asked), encoding="utf-8")
+    questions, variant_of = [], {}
+    for name, place in (question for question in asked["questions"] if question[0] in clips):
+        candidates, clip = {}, clips[name]
+        for variant, path in paths(name, place, asked["variants"]).items():
+            if (found := kept(path)) is None:
+                raise UserError(f"the ballot shows {path.name}, which is missing: take the settings of that "
+                                f"run, or delete {file} for a new ballot")
+            with open(path, "rb") as opened:
+                key = hashlib.file_digest(opened, "sha256").hexdigest()[:12]
+            candidates[key], variant_of[key] = found[1]["frames"], variant
+        questions.append(Question(digest("question", name, place), clip.prompts[place], clip.frames,
+                                  candidates, clip.caption))
+    return questions, variant_of, digest(sorted(variant_of))
 
 
 def attention_checks(questions, run_id):
@@ -1315,15 +1250,17 @@ def attention_checks(questions, run_id):
     return checks
 
 
-def film_strip(frames):
-    """A clip (F,h,w,3) uint8 as one picture, its frames side by side: {"frames": F, "src": data URI}."""
+def film_strip(frames, most=320, lossless=128):
+    """A clip (F,h,w,3) uint8 as one picture, its frames side by side: {"frames": F, "src": data URI}.
+
+    most, lossless: the widths in pixels above which a frame is reduced, and is compressed with losses.
+    """
     count, height, width = frames.shape[:3]
     strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-    side = min(width, 320, 16383 // count)                       # WebP pictures are at most 16383 pixels wide
+    side = min(width, most, 16383 // count)                      # WebP pictures are at most 16383 pixels wide
     if side < width:
         strip = strip.resize((side * count, side * height // width), Image.Resampling.LANCZOS)
-    # Enlarged on the page, small clips would show every trace of compression.
-    return {"frames": count, "src": data_uri(strip, "WEBP", quality=82, lossless=side <= 128)}
+    return {"frames": count, "src": data_uri(strip, "WEBP", quality=82, lossless=side <= lossless)}
 
 
 def worked_example():
@@ -1347,8 +1284,9 @@ def write_ballot(path, questions, run_id, fps):
     in its head lets nothing load but this style, this script and the pictures inside the page.
     """
     if len({len(q.candidates) for q in questions}) != 1 or len(questions[0].candidates) < 2:
-        raise mini_mi.UserError("a ballot needs finished cells of at least two variants of the same prompts")
+        raise UserError("a ballot needs finished cells of at least two variants of the same prompts")
     shown = [*questions, *(q for q, _ in attention_checks(questions, run_id))]
+    # Strips of small clips are lossless: enlarged on the page, they would show every trace of compression.
     # Sorted by their opaque ids: the order in the page says nothing about variants or checks.
     data = json.dumps({"run": run_id, "fps": fps, "fields": VOTE_FIELDS, "questions": [worked_example(), *(
         {"id": q.id, "prompt": q.prompt, "reference": film_strip(q.reference),
@@ -1378,7 +1316,7 @@ def read_votes(paths, run_id, questions):
     answers, notes, changed = {}, [], 0
     for path in map(Path, paths):
         if not path.exists():
-            raise mini_mi.UserError(f"--votes {path}: there is no such file or folder")
+            raise UserError(f"--votes {path}: there is no such file or folder")
         # A browser saves a second time as "votes-ID (1).csv": the longer name is the later one.
         files = sorted(path.glob("*.csv"), key=lambda f: (len(f.name), f.name)) if path.is_dir() else [path]
         if not files:
@@ -1452,12 +1390,12 @@ def preference_tests(votes, variant_of, against=ABLATIONS):
             for name in against if votes and name in variant_of.values()}
 
 
-# === END OF BALLOT =========================================================================================
-
-
 # ===========================================================================================================
 #   REPORT: results.json, results.md, results.svg, report.html
 # ===========================================================================================================
+
+REPORT_PAGE = mini_mi.HERE / "data" / "report.html"   # style and frame of the page
+
 
 def number(value, form=".3f"):
     """0.1234 -> "0.123"; what is missing or not finite is a dash."""
@@ -1470,12 +1408,12 @@ def plus_minus(triple, form=".3f"):
     return number(mean, form) + ("" if mean is None else f" ± {number(high - mean)}")
 
 
-def tables(results):
-    """The main table, the differences, the spread, the details: (heads, rows of texts) each."""
+def document(results):
+    """What results.md and report.html both say: name -> a list of sentences, or a table (heads, rows)."""
     rows, judge = results["rows"], results["judges"]["frechet"]
     shown = [m for m in METRICS if m in rows[0]["metrics"]]
     distance = f"Fréchet distance ({judge} features) ↓"
-    main, details = [], []
+    main, details, differences = [], [], []
     for r in rows:
         vote, cost = r["preference"], r["cost"]
         # The first three metrics, the distance and the votes are the paper's five.
@@ -1486,16 +1424,21 @@ def tables(results):
                         f"{r['moving_tracks']:.0f} ({100 * r['moving_share']:.0f} %)", str(r["still"]),
                         number(cost["train_seconds"], ".1f"), number(cost["sample_seconds"], ".2f"),
                         number(cost["memory"], ".0f"), number(cost["parameters"], ",.0f")])
-    differences = [[c["name"], *(
-        plus_minus((t["mean"], t["low"], t["high"]), "+.3f")
-        + (f" (p {t['p_holm']:.3f}, Holm)" if "p_holm" in t else f" (p {t['p']:.3f})")
-        for t in (c["metrics"][m] for m in shown)), plus_minus(c["frechet"], "+.3f")]
-        for c in results["comparisons"]]
+    for c in results["comparisons"]:
+        tests = [c["metrics"][m] for m in shown]
+        differences.append([c["name"], *(
+            plus_minus((t["mean"], t["low"], t["high"]), "+.3f")
+            + (f" (p {t['p_holm']:.3f}, Holm)" if "p_holm" in t else f" (p {t['p']:.3f})") for t in tests),
+            plus_minus(c["frechet"], "+.3f")])
     spread = [[f"{c['name']}, {METRICS[c['metric']][:-2]}", *map(number, c["deviations"]),
                *(number(d[-1]) for d in c["detectable"])] for c in results["components"]]
     runs = [f"detectable with {c} x {t} x {s}" for c, t, s, _ in
             (results["components"][0]["detectable"] if results["components"] else ())]
-    return {"main": (["variant", *(METRICS[m] for m in shown[:3]), distance, "User Preference ↑",
+    answers, others = ([said for c, said in zip(results["comparisons"], results["sentences"])
+                        if (c["name"] in ABLATIONS) == wanted] for wanted in (True, False))
+    return {"answers": answers, "others": others, "notes": notes(results),
+            "expected": [f"{r['name']}: {r['expected']}" for r in rows],
+            "main": (["variant", *(METRICS[m] for m in shown[:3]), distance, "User Preference ↑",
                       *(METRICS[m] for m in shown[3:]), "n (clips)"], main),
             "differences": (["against full", *(METRICS[m] for m in shown), distance], differences),
             "spread": (["difference from full", "deviation between clips", "between trainings",
@@ -1540,111 +1483,87 @@ def notes(results):
     return lines
 
 
+def as_markdown(part):
+    """A part of the `document` in Markdown."""
+    if isinstance(part, list):
+        return "\n".join(f"- {text}" for text in part)
+    heads, rows = part
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *rows])
+
+
+def as_html(part):
+    """A part of the `document` in HTML; what is in parentheses in a table's cell goes to a smaller line."""
+    if isinstance(part, list):
+        return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in part)}</ul>"
+    heads, *rows = [[html.escape(text) for text in line] for line in (part[0], *part[1])]
+    rows = [[re.sub(r" (\(.*)", r"<small>\1</small>", text) for text in line] for line in rows]
+    body = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in rows)
+    return (f'<div class="scroll"><table><thead><tr><th>{"</th><th>".join(heads)}</th></tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")
+
+
 def markdown(results):
-    """The answers, the picture, the tables: ready for a README."""
-    def lines(heads, rows):
-        """A table in Markdown."""
-        return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *rows])
-
-    def points(texts):
-        """A list in Markdown."""
-        return "\n".join(f"- {text}" for text in texts)
-
-    run, sheets, (answers, others) = results["run"], tables(results), split_sentences(results)
+    """results.md: the answers, the picture, the tables, ready for a README."""
+    run, parts = results["run"], {name: as_markdown(part) for name, part in document(results).items()}
     return "\n\n".join([
-        points(answers), "![Differences from the full method, with 95 % intervals](results.svg)",
-        lines(*sheets["main"]), points(others),
-        *(lines(*sheets[k]) for k in ("differences", "spread", "details")),
-        points(notes(results)),
+        parts["answers"], "![Differences from the full method, with 95 % intervals](results.svg)",
+        *(parts[name] for name in ("main", "others", "differences", "spread", "details", "notes")),
         f"`{run['command']}`, {run['date']}, {run['machine']}, {run['minutes']:.1f} minutes "
         f"for {run['computed']} of {results['planned']} cells"]) + "\n"
 
 
-def split_sentences(results):
-    """The sentences of the two ablations, and the others."""
-    pairs = list(zip(results["comparisons"], results["sentences"]))
-    return tuple([s for c, s in pairs if (c["name"] in ABLATIONS) == wanted] for wanted in (True, False))
+def panel(title, marks, left, top, names=True, bars=False, level=None):
+    """One metric of some variants in SVG: each mean as a point or a bar, its interval as a line across it.
+
+    marks: variant -> (mean, low, high), or None; left, top: corner of the plot, which has the title above it
+    and, if asked for, the names on its left; level: (value, name) of a line to compare with.
+    """
+    ends = sorted([0.0, *(v for triple in marks.values() for v in triple or () if math.isfinite(v)),
+                   *(level or ())[:1]])
+    unit, bottom = 180 / max(ends[-1] - ends[0], 1e-9), top + 19 * len(marks)
+    x = {v: round(left + 12 + unit * (v - ends[0]), 1) for v in ends}
+    out = [f'<text class="title" x="{left}" y="{top - 6}">{html.escape(title)}</text>',
+           f'<path d="M{x[0.0]} {top}V{bottom}"/>']
+    for y, (name, triple) in zip(range(top + 10, bottom, 19), marks.items()):
+        if names:
+            out.append(f'<text x="{left - 4}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>')
+        if triple:
+            mean, low, high = triple
+            kind = "full" if name == "full" else "ablation" if name in ABLATIONS else ""
+            mark = f'<circle cx="{x[mean]}" cy="{y}" r="3.5"/>'
+            if bars:
+                start, end = sorted((x[0.0], x[mean]))
+                mark = f'<rect x="{start}" y="{y - 7}" width="{end - start:.1f}" height="14"/>'
+                out.append(f'<text x="{left + 200}" y="{y + 4}">{number(mean)}</text>')
+            line = f'<path d="M{x[low]} {y}H{x[high]}"/>' if math.isfinite(low) else ""
+            out.append(f'<g class="{"bar" if bars else "mark"} {kind}">{mark}{line}</g>')
+    # Numbers under the axis: the level; or zero, and for points the outermost ends where they have room.
+    ticks = {0.0: "0"} if bars else {v: number(v, "+.2f") for v in (ends[0], ends[-1])} | {0.0: "0"}
+    if level:
+        ticks = {level[0]: f"{level[1]} {number(level[0])}"}
+        out.append(f'<path d="M{x[level[0]]} {top}V{bottom}" stroke-dasharray="3 3"/>')
+    out += [f'<text x="{x[v]}" y="{bottom + 14}" text-anchor="middle">{text}</text>'
+            for v, text in ticks.items() if level or v == 0 or abs(x[v] - x[0.0]) > 34]
+    return "".join(out)
 
 
-PALETTE = """
-:root { --ink: #1d2430; --soft: #5d6675; --line: #dfe3ea; --paper: #ffffff; --wash: #f5f7fa;
-        --accent: #2a6fdb; --warm: #d9622b }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b5; --line: #313a48;
-        --paper: #151a21; --wash: #1d242e; --accent: #6ea3ff; --warm: #f08b5b } }
-"""
-PLOT_STYLE = """
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif } svg .title { font-weight: 600 }
-svg path { stroke: var(--soft); fill: none } svg .mark { stroke-width: 2 }
-svg .mark, svg .fill { color: var(--soft) }
-svg .full { color: var(--accent) } svg .ablation { color: var(--warm) }
-svg circle, svg rect { fill: currentColor }
-svg .mark path { stroke: currentColor }
-"""
-
-
-def scale(values, left, right):
-    """A function from numbers to x between left and right, on which 0 and all finite values have room."""
-    ends = [0.0, *(v for v in values if v is not None and math.isfinite(v))]
-    low, high = min(ends), max(*ends, min(ends) + 1e-9)
-    return lambda v: left + (right - left) * (v - low) / (high - low)
-
-
-def interval_mark(x, y, triple, kind=""):
-    """An interval as a line with its mean as a point, in SVG."""
-    mean, low, high = triple
-    ends = f'<path d="M{x(low):.1f} {y}H{x(high):.1f}"/>' if math.isfinite(low) else ""
-    return f'<g class="mark {kind}">{ends}<circle cx="{x(mean):.1f}" cy="{y}" r="3.5"/></g>'
+def svg(label, width, height, content):
+    """A picture of `panel`s."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{html.escape(label)}">{content}</svg>')
 
 
 def forest_plot(results):
     """results.svg: every metric's difference from full with its 95 % interval, one panel a metric."""
-    comparisons, panels = results["comparisons"], {}
-    for m in [m for m in METRICS if m in results["rows"][0]["metrics"]]:
-        panels[METRICS[m]] = [[c["metrics"][m][k] for k in ("mean", "low", "high")] for c in comparisons]
-    panels[f"Fréchet distance ({results['judges']['frechet']}) ↓"] = [c["frechet"] for c in comparisons]
-    step, left, width, tall = 18, 132, 214, 18 * len(comparisons) + 58
-    out = []
-    for n, (title, triples) in enumerate(panels.items()):
-        x0, y0 = left + n % 3 * width, n // 3 * tall + 22
-        x = scale([v for t in triples if t for v in t], x0 + 12, x0 + width - 22)
-        bottom = y0 + step * len(comparisons)
-        limits = {x(0): 0.0} | {x(v): v for t in triples if t for v in t if math.isfinite(v)}
-        out.append(f'<text class="title" x="{x0 + 6}" y="{y0 - 6}">{html.escape(title)}</text>'
-                   f'<path d="M{x(0):.1f} {y0}V{bottom}"/>')
-        # Numbers under the axis: zero, and the outermost ends where they have room beside it.
-        for place in {x(0), min(limits), max(limits)}:
-            if place == x(0) or abs(place - x(0)) > 34:
-                out.append(f'<text x="{place:.1f}" y="{bottom + 14}" text-anchor="middle">'
-                           f"{number(limits[place], '+.2f') if limits[place] else '0'}</text>")
-        for i, (c, triple) in enumerate(zip(comparisons, triples)):
-            y, kind = y0 + step * i + 10, "ablation" if c["name"] in ABLATIONS else ""
-            if n % 3 == 0:
-                name = html.escape(c["name"])
-                out.append(f'<text x="{left - 4}" y="{y + 4}" text-anchor="end">{name}</text>')
-            if triple:
-                out.append(interval_mark(x, y, triple, kind))
-    height = tall * -(-len(panels) // 3)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 3 * width} {height}" role="img" '
-            f'aria-label="Differences from full">{"".join(out)}</svg>')
-
-
-def bars(title, values, line=None, line_name=""):
-    """A bar per variant with its 95 % interval, as inline SVG; values: name -> (mean, low, high)."""
-    x, step = scale([v for triple in values.values() for v in triple] + [line], 132, 318), 21
-    bottom, out = step * len(values) + 6, []
-    for i, (name, triple) in enumerate(values.items()):
-        y, (first, last) = step * i + 8, sorted((x(0), x(triple[0])))
-        kind = "full" if name == "full" else "ablation" if name in ABLATIONS else ""
-        ends = f'<path d="M{x(triple[1]):.1f} {y + 7}H{x(triple[2]):.1f}" style="stroke: var(--ink)"/>'
-        out.append(f'<text x="124" y="{y + 11}" text-anchor="end">{html.escape(name)}</text><text x="326" '
-                   f'y="{y + 11}">{number(triple[0])}</text><rect class="fill {kind}" x="{first:.1f}" '
-                   f'y="{y}" width="{last - first:.1f}" height="14"/>'
-                   + (ends if math.isfinite(triple[1]) else ""))
-    if line is not None:
-        out.append(f'<path d="M{x(line):.1f} 4V{bottom}" stroke-dasharray="3 3"/><text x="{x(line):.1f}" '
-                   f'y="{bottom + 13}" text-anchor="middle">{line_name} {number(line)}</text>')
-    return (f'<figure><h3>{html.escape(title)}</h3><svg viewBox="0 0 380 {bottom + 20}" role="img" '
-            f'aria-label="{html.escape(title)}">{"".join(out)}</svg></figure>')
+    comparisons = results["comparisons"]
+    panels = {METRICS[m]: {c["name"]: [c["metrics"][m][k] for k in ("mean", "low", "high")]
+                           for c in comparisons} for m in METRICS if m in results["rows"][0]["metrics"]}
+    panels[f"Fréchet distance ({results['judges']['frechet']}) ↓"] = {
+        c["name"]: c["frechet"] for c in comparisons}
+    left, width, height = 132, 236, 19 * len(comparisons) + 58       # names only beside the first of a row
+    drawn = [panel(title, marks, left + n % 3 * width, n // 3 * height + 22, names=n % 3 == 0)
+             for n, (title, marks) in enumerate(panels.items())]
+    return svg("Differences from full", left + 3 * width, height * -(-len(panels) // 3), "".join(drawn))
 
 
 def data_uri(picture, kind="PNG", **options):
@@ -1656,14 +1575,10 @@ def data_uri(picture, kind="PNG", **options):
 
 def moving_picture(frames, label):
     """A clip (F,h,w,3) uint8 as a film strip that the style sheet moves: all clips of the page keep step."""
-    height, width = frames.shape[1:3]
-    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-    side = min(width, 192, 16383 // len(frames))                 # WebP pictures are at most 16383 pixels wide
-    if side < width:
-        strip = strip.resize((side * len(frames), side * height // width), Image.Resampling.LANCZOS)
+    count, height, width, _ = frames.shape
     return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
-            f'style="--frames: {len(frames)}; aspect-ratio: {width} / {height}; '
-            f'background-image: url({data_uri(strip, "WEBP", quality=82)})"></div>'
+            f'style="--frames: {count}; aspect-ratio: {width} / {height}; '
+            f'background-image: url({film_strip(frames, most=192, lossless=0)["src"]})"></div>'
             f"<figcaption>{label}</figcaption></figure>")
 
 
@@ -1675,7 +1590,7 @@ def clip_rows(lab, most=12):
         for place in (*range(lab.settings.prompt_count), -1):
             cells = [c for c in lab.cells if (c.clip, c.place, c.seed, c.train_seed) == (clip, place, 0, 0)]
             cells.sort(key=lambda c: lab.settings.variants.index(c.variant.name))
-            videos = [(c, kept(lab.sample_path(c), read_arrays)) for c in cells]
+            videos = [(c, kept(lab.sample_path(c))) for c in cells]
             shown = [moving_picture(found[1]["frames"], c.variant.name) for c, found in videos if found]
             if shown:
                 text = f"its own caption: {clip.caption}" if place < 0 else f"prompt: {clip.prompts[place]}"
@@ -1684,21 +1599,57 @@ def clip_rows(lab, most=12):
     return "".join(parts)
 
 
+@torch.no_grad()
+def look_inside(lab):
+    """The first injected layer with the first clip's embeddings -> arrays, kept in a file; None before that.
+
+    without_mqk, with_mqk   attention maps (F,F), query frame by key frame, mean over heads and positions
+    mv_raw, mv_debiased     norm of MV over channels (F,H,W)
+    """
+    clip = lab.clips[0]
+    trained = lab.motion_path(clip, "full", 0)
+    path = lab.out / "figures" / f"{trained.stem}.npz"
+    if (found := kept(path)) or lab.settings.report:                 # a report loads no UNet
+        return found and found[1]
+    if (motion := kept(trained, read_motion)) is None:
+        return None
+    latents, seen, arrays = lab.invert(clip)[0], {}, {}
+    block = min(motion.to(lab.device).grids)                         # a file has them in no certain order
+    grid = motion.grids[block]
+    attention, t = lab.models.unet.get_submodule(block).attn1, lab.models.scheduler.T // 2
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+    noisy = lab.models.scheduler.add_noise(latents, noise, t)
+    hooks = [getattr(attention, part).register_forward_hook(
+        lambda module, inputs, output, part=part: seen.update({part: output})) for part in ("to_q", "to_k")]
+    for motion.use_mqk in (False, True):
+        mini_mi.predict(lab.models, noisy, t, mini_mi.encode_prompt(lab.models, [clip.caption]), motion)
+        q, k = (seen[part].float().flatten(0, -3).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                for part in ("to_q", "to_k"))                                    # (H*W, heads, F, d_k)
+        attention_map = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1))
+        arrays["with_mqk" if motion.use_mqk else "without_mqk"] = attention_map.cpu().numpy()
+    for hook in hooks:
+        hook.remove()
+    for name in ("mv_raw", "mv_debiased"):
+        motion.train(name == "mv_raw")                               # in training MV is added as it is
+        _, m_v = motion.for_attention(block, "attn1", latents.shape[2], grid)     # (H*W, F, C)
+        arrays[name] = m_v.norm(dim=-1).T.unflatten(1, grid).cpu().numpy()
+    save_arrays(path, {"block": block, "clip": clip.name}, arrays)
+    return arrays
+
+
 def figures_html(arrays):
     """The tutorial figures as HTML: what MQK does to the attention map, what debias does to MV."""
     def picture(values, low, high, name):
-        """An array (h,w) as a picture: pale yellow (low) over orange to dark violet (high)."""
-        stops = np.array([(253, 244, 220), (246, 170, 90), (200, 60, 80), (60, 15, 75)])
-        x = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(stops) - 1)
-        colours = np.stack([np.interp(x, range(len(stops)), stops[:, c]) for c in range(3)], -1)
-        image = Image.fromarray(colours.round().astype(np.uint8))
+        """An array (h,w) as a picture: pale yellow (low) over red to dark violet (high)."""
+        grey = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
+        image = ImageOps.colorize(Image.fromarray(grey.astype(np.uint8)), "#fdf4dc", "#3c0f4b", mid="#df7346")
         return f'<img class="pixels" alt="{name}" src="{data_uri(image)}">'
 
     # Both pictures of a pair share one scale; its ends leave out the extremes, which would pale all the rest.
     ends = np.quantile(np.stack([arrays["without_mqk"], arrays["with_mqk"]]), [0.02, 0.98])
+    high = np.quantile(np.stack([arrays["mv_raw"], arrays["mv_debiased"]]), 0.95)
     maps = "".join(f"<figure><h3>{title}</h3>{picture(arrays[key], *ends, f'attention map {title}')}</figure>"
                    for key, title in (("without_mqk", "without MQK"), ("with_mqk", "with MQK")))
-    high = np.quantile(np.stack([arrays["mv_raw"], arrays["mv_debiased"]]), 0.95)
     norms = "".join(f'<h3>MV {title}</h3><div class="frames">'
                     + "".join(picture(f, 0, high, f"frame {i}") for i, f in enumerate(arrays[key])) + "</div>"
                     for key, title in (("mv_raw", "as trained"), ("mv_debiased", "debiased, as used")))
@@ -1706,59 +1657,36 @@ def figures_html(arrays):
 
 
 def page(lab, results, arrays):
-    """report.html: one page that needs nothing else."""
-    def table(heads, rows):
-        """A table of texts; what stands in parentheses goes to a second, smaller line."""
-        def cell(text):
-            """One cell."""
-            main, _, rest = html.escape(text).partition(" (")
-            return f"<td>{main}{rest and f'<small>({rest}</small>'}</td>"
-
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-        body = "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows)
-        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-    def items(texts):
-        """A list."""
-        return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>"
-
-    run, rows, sheets = results["run"], results["rows"], {k: table(*t) for k, t in tables(results).items()}
-    (answers, others), chance_level = split_sentences(results), results["chance"] and results["chance"][0]
-    panels = [bars(METRICS[m], {r["name"]: r["metrics"][m] for r in rows},
-                   chance_level if m == "motion_fidelity" else None, "chance")
-              for m in METRICS if m in rows[0]["metrics"]]
-    panels.append(bars(f"Fréchet distance ({results['judges']['frechet']} features) ↓",
-                       {r["name"]: r["frechet"] for r in rows}, rows[0]["frechet_floor"], "real"))
-    fill = {"style": PALETTE + PLOT_STYLE, "answers": "".join(f"<p>{html.escape(s)}</p>" for s in answers),
-            "forest": forest_plot(results), "others": items(others), **sheets, "bars": "".join(panels),
-            "clips": clip_rows(lab), "figures": figures_html(arrays) if arrays else "",
-            "notes": items(notes(results)),
-            "expected": items(f"{r['name']}: {r['expected']}" for r in rows),
-            "run": html.escape(f"{run['command']} · {run['date']} · {run['machine']} · {results['finished']} "
-                               f"of {results['planned']} cells")}
-    template = (mini_mi.HERE / "data" / "report.html").read_text(encoding="utf-8")
-    return string.Template(template).substitute(fill)
-
-
-def finite(value):
-    """JSON has no infinity: what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """report.html: one page that needs nothing else; data/report.html is its frame."""
+    run, rows, floor = results["run"], results["rows"], results["rows"][0]["frechet_floor"]
+    chance_level = results["chance"] and (results["chance"][0], "chance")
+    bars = [(METRICS[m], {r["name"]: r["metrics"][m] for r in rows},
+             chance_level if m == "motion_fidelity" else None) for m in METRICS if m in rows[0]["metrics"]]
+    bars.append((f"Fréchet distance ({results['judges']['frechet']}) ↓",
+                 {r["name"]: r["frechet"] for r in rows}, None if floor is None else (floor, "real")))
+    drawn = [svg(title, 380, 19 * len(marks) + 42, panel(title, marks, 132, 22, bars=True, level=level))
+             for title, marks, level in bars]
+    about = (run["command"], run["date"], run["machine"],
+             f"{results['finished']} of {results['planned']} cells")
+    return string.Template(REPORT_PAGE.read_text(encoding="utf-8")).substitute(
+        {name: as_html(part) for name, part in document(results).items()}, forest=forest_plot(results),
+        bars="".join(drawn), clips=clip_rows(lab), figures=figures_html(arrays) if arrays else "",
+        run=html.escape(" · ".join(about)))
 
 
 def write_report(lab, run):
     """Writes the four files of the report from the finished cells; prints the table and the sentences."""
     results = {"run": run, **collect(lab)}
-    picture = forest_plot(results).replace(">", f"><style>{PALETTE}{PLOT_STYLE}</style>", 1)
-    texts = {"results.json": json.dumps(finite(results), indent=1), "results.md": markdown(results),
+    # JSON has no infinity: what is not finite becomes null.
+    known = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    style = re.search("<style>.*?</style>", REPORT_PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
+    picture = forest_plot(results).replace(">", f">{style}", 1)
+    texts = {"results.json": json.dumps(known, indent=1), "results.md": markdown(results),
              "results.svg": picture, "report.html": page(lab, results, look_inside(lab))}
     for name, text in texts.items():
         with mini_mi.atomic_write(lab.out / name) as temporary:
             Path(temporary).write_text(text, encoding="utf-8")
-    heads, rows = tables(results)["main"]
+    heads, rows = document(results)["main"]
     print("\n" + "\n".join("".join(f"{text:27}" for text in line[:5]).rstrip() for line in [heads, *rows]))
     print("\n" + "\n".join(results["sentences"]) + f"\n\n{lab.out / 'report.html'}")
 
@@ -1773,6 +1701,9 @@ DEFAULTS = {"tiny": {**mini_mi.MODEL_DEFAULTS["tiny"], "sample_steps": 15, "inve
             "other": {**mini_mi.MODEL_DEFAULTS["other"], "invert_steps": mini_mi.INVERT_STEPS}}
 
 
+COUNT = 1, 1e6
+
+
 @dataclasses.dataclass
 class Settings:
     """Everything that a user can set; the command line is made from it."""
@@ -1784,24 +1715,27 @@ class Settings:
     split: str = option("test", "which clips of the embedded world", choices=("test", "validation"))
     out: str = option("out/eval", "folder for the cells and the report; a second run goes on there")
     variants: str = option(",".join(DEFAULT_VARIANTS), f"what to compare with full: {', '.join(VARIANTS)}")
-    clip_count: int = option(12, "clips; the embedded world has any number")
-    prompt_count: int = option(2, "target prompts per clip")
-    seed_count: int = option(2, "sampling seeds per prompt")
-    training_seeds: int = option(1, "trainings per clip and trained variant; 2 tell how far trainings differ")
-    steps: int = option(None, "training steps per clip and trained variant")
-    lr: float = option(None, "learning rate of the training")
-    batch: int = option(None, "noise levels in every training step")
-    sample_steps: int = option(None, "sampling steps")
-    invert_steps: int = option(None, "steps of the inversion that gives the start noise")
-    guidance: float = option(None, "strength of the prompt while sampling")
-    noise_prior: float = option(0.5, "share of the inverted reference in the start noise, 0 to 1")
-    frames: int = option(None, "frames per clip")
+    clip_count: int = option(12, "clips; the embedded world has any number", within=COUNT)
+    prompt_count: int = option(2, "target prompts per clip", within=COUNT)
+    seed_count: int = option(2, "sampling seeds per prompt", within=COUNT)
+    training_seeds: int = option(1, "trainings per clip and trained variant; 2 tell how far trainings differ",
+                                 within=COUNT)
+    steps: int = option(None, "training steps per clip and trained variant", within=COUNT)
+    lr: float = option(None, "learning rate of the training", within=(1e-9, 1e3))
+    batch: int = option(None, "noise levels in every training step", within=COUNT)
+    sample_steps: int = option(None, "sampling steps", within=COUNT)
+    invert_steps: int = option(None, "steps of the inversion that gives the start noise", within=COUNT)
+    guidance: float = option(None, "strength of the prompt while sampling", within=(-1e3, 1e3))
+    noise_prior: float = option(0.5, "share of the inverted reference in the start noise, 0 to 1",
+                                within=(0, 1))
+    frames: int = option(None, "frames per clip", within=(2, 1e6))
     size: str = option(None, "WIDTHxHEIGHT in pixels")
     checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
-    sample_batch: int = option(4, "samples that are made at once: 4 suits a CPU, a GPU likes more")
+    sample_batch: int = option(4, "samples that are made at once: 4 suits a CPU, a GPU likes more",
+                               within=COUNT)
     tracker: str = option("lk", "lk: built-in Lucas-Kanade; cotracker: CoTracker 3, fetched by torch.hub",
                           choices=("lk", "cotracker"))
-    grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55")
+    grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55", within=COUNT)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option(None, "number format of the UNet (default: float16 for large models on CUDA, else "
                               "float32)", choices=("float32", "bfloat16", "float16"))
@@ -1813,55 +1747,35 @@ class Settings:
     training: dict = dataclasses.field(default_factory=dict)             # no option: see DEFAULTS
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors in this program's one-line form."""
-
-    def error(self, message):
-        """Replaces usage plus message by the one line."""
-        raise UserError(f"{message}; see --help")
-
-
 def is_small(model):
     """A model of the embedded world: data/make_tiny.py's UNets are narrow."""
-    folder = mini_mi.local_folder(model)
-    return folder is not None and mini_mi.model_config(
-        str(folder), "unet").get("block_out_channels", [320])[0] <= 64
+    return mini_mi.model_defaults(model) is mini_mi.MODEL_DEFAULTS["tiny"]
 
 
 def pick_device(name):
     """The torch.device of `--device`; under torchrun every process of a machine takes a GPU of its own."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: it takes auto, cpu or cuda")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is found here; use --device cpu")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"{device} is not there: start no more processes than there are GPUs, "
-                        f"{torch.cuda.device_count()}")
-    return device
+    name = mini_mi.pick_device(name)
+    if name == "cuda":                                               # fails if there are not so many
+        name = mini_mi.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return torch.device(name)
 
 
 def parse(argv=None):
     """Command line -> checked Settings, with the model's defaults for what was not given."""
-    parser = Parser("eval_mi.py", description=__doc__, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(Settings):
-        if f.name == "training":
-            continue
+    parser = mini_mi.Parser("eval_mi.py", description=__doc__, argument_default=argparse.SUPPRESS,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in (f for f in dataclasses.fields(Settings) if f.metadata):
         flag, about, default = "--" + f.name.replace("_", "-"), f.metadata["about"], f.default
-        if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=about)
-            continue
+        shape = dict(type=f.type, metavar=f.name.upper())
         if f.name in DEFAULTS["tiny"]:
             default = f"{DEFAULTS['tiny'][f.name]} for tiny, else {DEFAULTS['other'][f.name]}"
-        if f.type is list:
-            parser.add_argument(flag, nargs="+", help=about, metavar="FILE")
-            continue
-        parser.add_argument(flag, type=f.type, choices=f.metadata.get("choices"),
-                            metavar=None if "choices" in f.metadata else f.name.upper(),
-                            help=about if default is None else f"{about} (default: {default})")
+        if f.type is bool:
+            shape, default = dict(action="store_true"), None
+        elif f.type is list:
+            shape = dict(nargs="+", metavar="FILE")
+        elif "choices" in f.metadata:
+            shape = dict(type=f.type, choices=f.metadata["choices"])
+        parser.add_argument(flag, help=about if default is None else f"{about} (default: {default})", **shape)
     settings = Settings(**vars(parser.parse_args(argv)))
     small = is_small(settings.model)
     for name, value in DEFAULTS["tiny" if small else "other"].items():
@@ -1871,16 +1785,10 @@ def parse(argv=None):
             setattr(settings, name, value)
     if settings.dtype is None:
         settings.dtype = "float32" if small or pick_device(settings.device).type == "cpu" else "float16"
-    # One frame has no motion; everything else that is counted can be one.
-    least = dict(clip_count=1, prompt_count=1, seed_count=1, training_seeds=1, steps=1, sample_steps=1,
-                 invert_steps=1, frames=2, batch=1, sample_batch=1, grid=1)
-    for name, low in least.items():
-        if getattr(settings, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}")
-    if not 0 <= settings.noise_prior <= 1 or not 0 < settings.lr < math.inf:
-        raise UserError("--noise-prior must be within 0 and 1, and --lr above 0")
-    if not math.isfinite(settings.guidance):
-        raise UserError("--guidance must be a number")
+    for f in dataclasses.fields(settings):
+        least, most = f.metadata.get("within", (None, None))
+        if least is not None and not least <= getattr(settings, f.name) <= most:     # nan is not, either
+            raise UserError(f"--{f.name.replace('_', '-')} must be within {least:g} and {most:g}")
     size = re.fullmatch(r"(\d+)x(\d+)", settings.size)
     if not size or any(int(side) % 8 or side == "0" for side in size.groups()):
         raise UserError(f"--size {settings.size} is not WIDTHxHEIGHT in multiples of 8, as in 64x64")
@@ -1941,9 +1849,6 @@ def run(settings):
 
 def main(argv=None):
     """Entry point of the command line; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):                          # a console that knows no arrow shows "?"
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     return mini_mi.guarded(lambda: run(parse(argv)))
 
 
@@ -1952,12 +1857,6 @@ def main(argv=None):
 # ===========================================================================================================
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-CLIP_TEXT_DEFAULTS = dict(
-    hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=49408,
-    max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5)
-CLIP_VISION_DEFAULTS = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-    patch_size=32, num_channels=3, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 
 
 class CLIPVisionTransformer(nn.Module):
@@ -1965,9 +1864,11 @@ class CLIPVisionTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = mini_mi.read_config("CLIP image tower", config, CLIP_VISION_DEFAULTS, implemented={
-            "hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": (3,)})
-        tokens = (c.image_size // c.patch_size) ** 2 + 1
+        c = mini_mi.read_config("CLIP image tower", config, dict(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            image_size=224, patch_size=32, num_channels=3, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+        ), implemented={"hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": (3,)})
+        self.image_size, tokens = c.image_size, (c.image_size // c.patch_size) ** 2 + 1
         self.embeddings = nn.ModuleDict({
             "patch_embedding": nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False),
             "position_embedding": nn.Embedding(tokens, c.hidden_size)})
@@ -1996,17 +1897,13 @@ class CLIPModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Published configs hold dozens of other fields, of text generation and training.
-        text, vision = ({field: config.get(part, {}).get(field, value) for field, value in defaults.items()}
-                        for part, defaults in (("text_config", CLIP_TEXT_DEFAULTS),
-                                               ("vision_config", CLIP_VISION_DEFAULTS)))
-        width = config.get("projection_dim", 512)
-        self.image_size = vision["image_size"]
-        self.eos_token_id = config.get("text_config", {}).get("eos_token_id", 49407)
+        text, width = config.get("text_config", {}), config.get("projection_dim", 512)
+        self.eos_token_id = text.get("eos_token_id", 49407)
         self.text_model = mini_mi.CLIPTextModel(text).text_model
-        self.vision_model = CLIPVisionTransformer(vision)
-        self.text_projection = nn.Linear(text["hidden_size"], width, bias=False)
-        self.visual_projection = nn.Linear(vision["hidden_size"], width, bias=False)
+        self.vision_model = CLIPVisionTransformer(config.get("vision_config", {}))
+        self.text_projection, self.visual_projection = (
+            nn.Linear(len(norm.weight), width, bias=False)
+            for norm in (self.text_model.final_layer_norm, self.vision_model.post_layernorm))
         self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
 
     def image_features(self, pixels):
@@ -2043,7 +1940,7 @@ def load_clip(name, device="cpu"):
     def preprocess(frames):
         """frames (F,h,w,3) uint8 -> pixels (F,3,s,s) float32, normalised"""
         x = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).float()
-        s, (height, width) = model.image_size, x.shape[-2:]
+        s, (height, width) = model.vision_model.image_size, x.shape[-2:]
         size = (s, int(s * width / height)) if height <= width else (int(s * height / width), s)
         if size != (height, width):
             x = nnf.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)

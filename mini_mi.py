@@ -215,11 +215,11 @@ class MotionEmbeddings(nn.Module):
         """UserError if these embeddings belong to another UNet."""
         widths = {block: c for sites in unet.motion_sites.values() for block, c in sites.items()}
         for key, value in self._parameters.items():
-            block, have = self.block(key), value.shape[-1]
-            if widths.get(block) != have:
-                raise UserError(f"these motion embeddings do not fit the model: {block} has width {have} in "
-                                f"the motion file and {widths.get(block, 'no place')} in the model; use the "
-                                "model they were made with")
+            have, wanted = value.shape[-1], widths.get(self.block(key), "no place")
+            if have != wanted:
+                raise UserError(f"these motion embeddings do not fit the model: {self.block(key)} has width "
+                                f"{have} in the motion file and {wanted} in the model; use the model they "
+                                "were made with")
 
     def save(self, path):
         """Writes safetensors; settings, grids and source travel as metadata."""
@@ -509,10 +509,10 @@ class UNet3DConditionModel(nn.Module):
         skips = [widths[0]]                             # widths of the skips, pushed and popped as in forward
         self.down_blocks = nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
-            rows = [(before, width)] + [(width, width)] * (c.layers_per_block - 1)
-            self.down_blocks.append(UNetBlock3D(rows, c, attention[i], downsample=i < n - 1))
+            rows = level_rows(before, width, c.layers_per_block)
+            self.down_blocks.append(UNetBlock3D(rows, c, len(rows) * attention[i], downsample=i < n - 1))
             skips += [width] * (c.layers_per_block + (i < n - 1))
-        self.mid_block = UNetMidBlock3D(c)
+        self.mid_block = UNetBlock3D(level_rows(widths[-1], widths[-1], 2), c, transformers=1)
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
         for i in reversed(range(n)):
@@ -520,7 +520,7 @@ class UNet3DConditionModel(nn.Module):
             for _ in range(c.layers_per_block + 1):
                 rows.append((before + skips.pop(), widths[i]))
                 before = widths[i]
-            self.up_blocks.append(UNetBlock3D(rows, c, attention[i], upsample=i > 0))
+            self.up_blocks.append(UNetBlock3D(rows, c, len(rows) * attention[i], upsample=i > 0))
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
@@ -528,19 +528,13 @@ class UNet3DConditionModel(nn.Module):
 
         # level -> {temporal block: its C}, down and up; not the middle block, where the authors put nothing
         self.motion_sites = {i: {} for i in range(n) if attention[i]}
-        level_of = {f"{side}_blocks.{i if side == 'down' else n - 1 - i}": i
-                    for side in ("down", "up") for i in range(n)}
         for name, module in self.named_modules():
             if isinstance(module, TemporalTransformerBlock):
                 module.name = name
-                level = level_of.get(name.partition(".temp_attentions")[0])
-                if level is not None:
+                side, number, *_ = name.split(".")
+                if side in ("down_blocks", "up_blocks"):
+                    level = int(number) if side == "down_blocks" else n - 1 - int(number)
                     self.motion_sites[level][name] = module.norm1.weight.shape[0]
-
-    def _layer(self, block, i, *args):
-        if self.checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(block.layer, i, *args, use_reentrant=False)
-        return block.layer(i, *args)
 
     def forward(self, x, t, text, motion=None):
         if motion is not None:
@@ -552,23 +546,27 @@ class UNet3DConditionModel(nn.Module):
         # (Channels last is faster for narrow layers on a CPU, and slower for wide ones on small grids.)
         hidden = self.conv_in(x.transpose(1, 2).flatten(0, 1).contiguous())                   # (B*F, C, H, W)
         hidden = self.transformer_in(hidden, frames)
+        # Checkpointing: backward computes a layer once more instead of finding its activations in memory.
+        recompute = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        save_memory = self.checkpointing and torch.is_grad_enabled()
+        run_layer = recompute if save_memory else lambda layer, *args: layer(*args)
+        rest = emb, text, frames, motion
         skips = [hidden]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                hidden = self._layer(block, i, hidden, emb, text, frames, motion)
+                hidden = run_layer(block.layer, i, hidden, *rest)
                 skips.append(hidden)
-            if hasattr(block, "downsamplers"):
-                hidden = block.downsamplers[0](hidden)
+            for halve in block.downsamplers:
+                hidden = halve(hidden)
                 skips.append(hidden)
-
-        hidden = self.mid_block(hidden, emb, text, frames, motion)
-
+        for i in range(len(self.mid_block.resnets)):
+            hidden = run_layer(self.mid_block.layer, i, hidden, *rest)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
-                hidden = self._layer(block, i, hidden, emb, text, frames, motion)
-            if hasattr(block, "upsamplers"):
-                hidden = block.upsamplers[0](hidden, size=skips[-1].shape[-2:])
+                hidden = run_layer(block.layer, i, hidden, *rest)
+            for double in block.upsamplers:
+                hidden = double(hidden, size=skips[-1].shape[-2:])
 
         out = self.conv_out(nnf.silu(self.conv_norm_out(hidden)))
         return out.unflatten(0, (batch, frames)).transpose(1, 2)
@@ -579,56 +577,40 @@ def predict(models, x, t, text, motion=None):
     return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
 
 
+def level_rows(before, width, n):
+    """(c_in, c_out) of a level's n resnets: the first one brings the width from `before` to `width`."""
+    return [(before, width)] + [(width, width)] * (n - 1)
+
+
 class UNetBlock3D(nn.Module):
     """One level of the UNet. Per layer: resnet, temporal conv, spatial transformer, temporal transformer;
-    the transformers only where the level has attention; then the change of size, if any.
+    then the change of size, if any.
 
     It has no forward: the UNet calls it layer by layer, because each layer pushes or pops a skip.
 
-    rows   one (c_in, c_out) per layer
+    rows          one (c_in, c_out) per layer
+    transformers  the number of layers that have both transformers: all or none; in the middle the first
     """
 
-    def __init__(self, rows, c, attention, downsample=False, upsample=False):
+    def __init__(self, rows, c, transformers, downsample=False, upsample=False):
         super().__init__()
         groups, emb_width = c.norm_num_groups, 4 * c.block_out_channels[0]
         widths = [c_out for _, c_out in rows]
-        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, c.norm_eps, emb_width)
-                                     for c_in, c_out in rows)
+        self.resnets = nn.ModuleList(ResnetBlock2D(*row, groups, c.norm_eps, emb_width) for row in rows)
         self.temp_convs = nn.ModuleList(TemporalConvLayer(w, groups) for w in widths)
-        if attention:
-            self.attentions = nn.ModuleList(Transformer2DModel(w, c) for w in widths)
-            self.temp_attentions = nn.ModuleList(
-                TransformerTemporalModel(w, w // c.attention_head_dim, c) for w in widths)
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample2D(widths[-1], pad=(1, 1, 1, 1))])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample2D(widths[-1])])
+        heads = widths[-1] // c.attention_head_dim                     # all layers of a level give one width
+        self.attentions, self.temp_attentions = (
+            nn.ModuleList(kind(widths[-1], heads, c) for _ in range(transformers))
+            for kind in (Transformer2DModel, TransformerTemporalModel))
+        self.downsamplers = nn.ModuleList([Downsample2D(widths[-1], (1, 1, 1, 1))] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(widths[-1])] if upsample else [])
 
     def layer(self, i, x, emb, text, frames, motion):
         """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W)."""
         x = self.temp_convs[i](self.resnets[i](x, emb), frames)
-        if hasattr(self, "attentions"):
+        if i < len(self.attentions):
             x = self.temp_attentions[i](self.attentions[i](x, text), frames, motion)
         return x
-
-
-class UNetMidBlock3D(nn.Module):
-    """The deepest level: resnet and temporal conv, both transformers, resnet and temporal conv."""
-
-    def __init__(self, c):
-        super().__init__()
-        width, groups, emb_width = c.block_out_channels[-1], c.norm_num_groups, 4 * c.block_out_channels[0]
-        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, c.norm_eps, emb_width)
-                                     for _ in range(2))
-        self.temp_convs = nn.ModuleList(TemporalConvLayer(width, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer2DModel(width, c)])
-        self.temp_attentions = nn.ModuleList(
-            [TransformerTemporalModel(width, width // c.attention_head_dim, c)])
-
-    def forward(self, x, emb, text, frames, motion):
-        x = self.temp_convs[0](self.resnets[0](x, emb), frames)
-        x = self.temp_attentions[0](self.attentions[0](x, text), frames, motion)
-        return self.temp_convs[1](self.resnets[1](x, emb), frames)
 
 
 class TimestepEmbedding(nn.Module):
@@ -742,23 +724,42 @@ def to_plane(x, frames):
     return x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-class Transformer2DModel(nn.Module):
-    """Transformer over the H*W positions of every frame, (B*F,C,H,W) -> the same; text (B,L,D)."""
+class Transformer(nn.Module):
+    """What both kinds share: norm, a linear layer in, one block of the kind, a linear layer out."""
 
-    def __init__(self, channels, c):
+    def __init__(self, channels, heads, c):
         super().__init__()
-        heads = channels // c.attention_head_dim
         width = heads * c.attention_head_dim
         self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
-        self.transformer_blocks = nn.ModuleList(
-            [SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)])
+        self.transformer_blocks = nn.ModuleList([self.block(width, heads, c)])
+
+
+class Transformer2DModel(Transformer):
+    """Transformer over the H*W positions of every frame, (B*F,C,H,W) -> the same; text (B,L,D)."""
+
+    def block(self, width, heads, c):
+        """Its block, below."""
+        return SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)
 
     def forward(self, x, text):
         hidden = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))                   # (B*F, H*W, C)
-        for block in self.transformer_blocks:
-            hidden = block(hidden, text)
-        return x + self.proj_out(hidden).transpose(1, 2).unflatten(2, x.shape[2:])
+        hidden = self.proj_out(self.transformer_blocks[0](hidden, text))
+        return x + hidden.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class TransformerTemporalModel(Transformer):
+    """Transformer over the F frames of every position, (B*F,C,H,W) -> the same."""
+
+    def block(self, width, heads, c):
+        """Its block, in THE PAPER."""
+        return TemporalTransformerBlock(width, heads, c.attention_head_dim)
+
+    def forward(self, x, frames, motion=None):
+        hidden = self.norm(to_plane(x, frames)).permute(0, 3, 2, 1).contiguous()         # (B, H*W, F, C)
+        hidden = self.proj_out(self.transformer_blocks[0](self.proj_in(hidden), x.shape[2:], motion))
+        hidden = hidden.transpose(1, 2).flatten(0, 1)                                    # (B*F, H*W, C)
+        return x + hidden.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class SpatialTransformerBlock(nn.Module):
@@ -778,26 +779,6 @@ class SpatialTransformerBlock(nn.Module):
         normed = self.norm2(x).reshape(len(text), -1, x.shape[-1])                       # (B, F*H*W, C)
         x = x + self.attn2(normed, text, text).view_as(x)
         return x + self.ff(self.norm3(x))
-
-
-class TransformerTemporalModel(nn.Module):
-    """Transformer over the F frames of every position, (B*F,C,H,W) -> the same. Its block is in THE PAPER."""
-
-    def __init__(self, channels, heads, c):
-        super().__init__()
-        width = heads * c.attention_head_dim
-        self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
-        self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
-        self.transformer_blocks = nn.ModuleList(
-            [TemporalTransformerBlock(width, heads, c.attention_head_dim)])
-
-    def forward(self, x, frames, motion=None):
-        hidden = self.norm(to_plane(x, frames)).permute(0, 3, 2, 1).contiguous()         # (B, H*W, F, C)
-        hidden = self.proj_in(hidden)
-        for block in self.transformer_blocks:
-            hidden = block(hidden, x.shape[2:], motion)
-        hidden = self.proj_out(hidden).transpose(1, 2).flatten(0, 1)                     # (B*F, H*W, C)
-        return x + hidden.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Attention(nn.Module):
@@ -825,29 +806,20 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU and a linear layer, with keys 0 and 2: the middle place is a dropout's, which has no weights."""
+    """GEGLU: half of a projection times GELU of its other half; then a linear layer. (..., C) -> the same."""
 
     def __init__(self, width):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x):
-        return self.net(x)
-
-
-class GEGLU(nn.Module):
-    """Gated linear unit: half of the projection, times GELU of the other half."""
-
-    def __init__(self, width, inner):
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        # The keys are net.0.proj and net.2: the middle place was a dropout's, which has no weights.
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(width, 8 * width)}), nn.Identity(),
+                                  nn.Linear(4 * width, width)])
 
     def forward(self, x):
         # Two products with half of the matrix each, since halves of one product are slow: they do not lie in
         # one piece, and backward would have to join them.
-        value, gate = (nnf.linear(x, w, b)
-                       for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
-        return value * nnf.gelu(gate)
+        proj = self.net[0].proj
+        value, gate = (nnf.linear(x, *half) for half in zip(proj.weight.chunk(2), proj.bias.chunk(2)))
+        return self.net[2](value * nnf.gelu(gate))
 
 
 class SpatialLoRA(nn.Module):
@@ -927,86 +899,49 @@ class VAEAttention(Attention):
 
 
 class VAEBlock(nn.Module):
-    """A level of the encoder or decoder: its resnets, then the change of size if there is one."""
+    """A level of encoder or decoder: resnets, in the middle level attention after the first, then the change
+    of size if there is one (Downsample2D or Upsample2D). (N,C,H,W) -> (N,C_out,H',W')."""
 
-    def __init__(self, rows, groups, downsample=False, upsample=False):
+    def __init__(self, rows, groups, attention=False, downsample=False, upsample=False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, groups, 1e-6) for c_in, c_out in rows)
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample2D(rows[-1][1], pad=(0, 1, 0, 1))])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample2D(rows[-1][1])])
+        width = rows[-1][1]
+        self.resnets = nn.ModuleList(ResnetBlock2D(*row, groups, 1e-6) for row in rows)
+        self.attentions = nn.ModuleList([VAEAttention(width, groups)] if attention else [])
+        self.downsamplers = nn.ModuleList([Downsample2D(width, (0, 1, 0, 1))] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(width)] if upsample else [])
 
     def forward(self, x):
-        for layer in [*self.resnets, *getattr(self, "downsamplers", []), *getattr(self, "upsamplers", [])]:
-            x = layer(x)
-        return x
-
-
-class VAEMidBlock(nn.Module):
-    """resnet, attention, resnet at the smallest size."""
-
-    def __init__(self, channels, groups, attention):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, 1e-6) for _ in range(2))
-        self.attentions = nn.ModuleList([VAEAttention(channels, groups)] if attention else [])
-
-    def forward(self, x):
-        for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
+        first, *others = self.resnets
+        for layer in [first, *self.attentions, *others, *self.downsamplers, *self.upsamplers]:
             x = layer(x)
         return x
 
 
 class VAEHalf(nn.Module):
-    """What encoder and decoder have in common: norm, SiLU, convolution at the end."""
+    """Encoder, (N,3,h,w) -> (N,2C,H,W), or decoder, (N,C,H,W) -> (N,3,h,w): the encoder's levels backwards
+    with one more resnet each. Every level but the last changes the size; the middle has the smallest."""
 
-    def finish(self, x):
-        """(N,C,h,w) -> (N,C_out,h,w)"""
-        return self.conv_out(nnf.silu(self.conv_norm_out(x)))
-
-
-class Encoder(VAEHalf):
-    """(B,3,h,w) -> (B,2C,H,W), each level but the last halving the size."""
-
-    def __init__(self, c):
+    def __init__(self, c, c_in, c_out, encoder):
         super().__init__()
-        widths, groups = c.block_out_channels, c.norm_num_groups
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for n, (before, width) in enumerate(zip([widths[0], *widths], widths)):
-            rows = [(before, width)] + [(width, width)] * (c.layers_per_block - 1)
-            self.down_blocks.append(VAEBlock(rows, groups, downsample=n < len(widths) - 1))
-        self.mid_block = VAEMidBlock(widths[-1], groups, c.mid_block_add_attention)
+        widths, groups = list(c.block_out_channels)[::1 if encoder else -1], c.norm_num_groups
+        self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
+        levels = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+            rows = level_rows(before, width, c.layers_per_block + (not encoder))
+            resize = i < len(widths) - 1
+            levels.append(VAEBlock(rows, groups, downsample=resize and encoder,
+                                   upsample=resize and not encoder))
+        self.down_blocks, self.up_blocks = (levels, []) if encoder else ([], levels)
+        middle = c.block_out_channels[-1]
+        self.mid_block = VAEBlock(level_rows(middle, middle, 2), groups, c.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.finish(self.mid_block(x))
-
-
-class Decoder(VAEHalf):
-    """(B,C,H,W) -> (B,3,h,w): the encoder's levels backwards, with one more resnet each."""
-
-    def __init__(self, c):
-        super().__init__()
-        widths, groups = c.block_out_channels[::-1], c.norm_num_groups
-        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = VAEMidBlock(widths[0], groups, c.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList()
-        for n, (before, width) in enumerate(zip([widths[0], *widths], widths)):
-            rows = [(before, width)] + [(width, width)] * c.layers_per_block
-            self.up_blocks.append(VAEBlock(rows, groups, upsample=n < len(widths) - 1))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
-
-    def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.finish(x)
+        for level in [*self.down_blocks, self.mid_block, *self.up_blocks]:
+            x = level(x)
+        return self.conv_out(nnf.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
@@ -1035,7 +970,8 @@ class AutoencoderKL(nn.Module):
                             "differ in length")
         self.scaling_factor = c.scaling_factor
         self.factor = 2 ** (len(c.block_out_channels) - 1)                              # h / H
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.encoder = VAEHalf(c, c.in_channels, 2 * c.latent_channels, encoder=True)
+        self.decoder = VAEHalf(c, c.latent_channels, c.out_channels, encoder=False)
         self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
 
@@ -1180,10 +1116,10 @@ class CLIPTokenizer:
         self.alphabet = byte_alphabet()
         self.noticed = set()                                    # prompts of which a cut was already reported
         names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-                 "pad_token": "<|endoftext|>", **(special or {})}
+                 "pad_token": "<|endoftext|>"}
+        names.update({k: v for k, v in (special or {}).items() if k in names})
         # an entry is either the token itself or a dict that describes it
-        names = {k: v["content"] if isinstance(v, dict) else v
-                 for k, v in names.items() if isinstance(v, (str, dict))}
+        names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items()}
         missing = sorted({t for t in names.values() if t not in vocab})
         if missing:
             raise UserError(f"tokenizer: special tokens {missing} are not in its vocabulary")
@@ -1208,21 +1144,17 @@ class CLIPTokenizer:
             merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in whole["model"]["merges"]]
         else:
             vocab = read_json(folder / "vocab.json")
-            try:
+            with built_from(folder / "merges.txt"):
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            except (OSError, UnicodeDecodeError) as e:
-                raise UserError(f"{folder / 'merges.txt'} cannot be read ({e}); "
-                                "get the tokenizer folder again") from None
             merges = [tuple(line.split()) for line in lines
                       if line.strip() and not line.startswith("#version")]
-        config, special_map = (read_json(folder / name) if (folder / name).is_file() else {}
-                               for name in ("tokenizer_config.json", "special_tokens_map.json"))
-        special = {k: v for source in (config, special_map) for k, v in source.items()
-                   if k in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        length = config.get("model_max_length") or 77
+        told = {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            told.update(read_json(folder / name) if (folder / name).is_file() else {})
+        length = told.get("model_max_length") or 77
         if length < 3:
             raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length} leaves no room")
-        return cls(vocab, merges, special, 77 if length > 1e6 else int(length))
+        return cls(vocab, merges, told, 77 if length > 1e6 else int(length))
 
     @staticmethod
     def clean(text):
@@ -1247,23 +1179,15 @@ class CLIPTokenizer:
             parts = merged
         return [self.vocab.get(p, self.unk) for p in parts]
 
-    def words(self, text):
-        """[(word or special token, its ids)] of a cleaned text, in order."""
-        found = []
-        for piece in self.special_pattern.split(text):
-            if piece in self.special:
-                found.append((piece, [self.special[piece]]))
-            else:
-                found += [(word, self.bpe(word)) for word in self.WORDS.findall(piece)]
-        return found
-
     def encode(self, text):
         """Token ids of one string, L - 2 at most, without start, end and padding. Says what it cuts off."""
         ids, cut = [], []
-        for word, tokens in self.words(self.clean(text)):
-            ids += tokens
-            if len(ids) > self.length - 2:
-                cut.append(word)
+        for piece in self.special_pattern.split(self.clean(text)):
+            special = [self.special[piece]] if piece in self.special else None
+            for word in [piece] if special else self.WORDS.findall(piece):
+                ids += special or self.bpe(word)
+                if len(ids) > self.length - 2:
+                    cut.append(word)
         if cut and text not in self.noticed:
             self.noticed.add(text)
             print(f"notice: a prompt has more than the {self.length - 2} tokens that the model reads; "
@@ -1307,33 +1231,29 @@ def read_motion_file(path):
     Two kinds: safetensors by MotionEmbeddings.save, and motion_embed.pt by the authors, which says nothing.
     UserError: other tensors, values that are not finite, settings that cannot be.
     """
-    tensors, ends = load_tensors(path), MotionEmbeddings.PARTS
-    if not tensors or any(not key.endswith(ends) or m.dim() != 3 for key, m in tensors.items()):
-        raise UserError(f"{path} is not a motion file: its keys must end in pos_embed or vSpatial")
-    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
-    if bad:
-        raise UserError(f"{path} has values that are not finite in {bad[0]}; train the motion again")
-    metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
-    try:
+    tensors, block = load_tensors(path), MotionEmbeddings.block
+    with built_from(path, "has settings that cannot be read"):
+        if not tensors or any(not key.endswith(MotionEmbeddings.PARTS) for key in tensors):
+            raise UserError("not a motion file: its keys must end in pos_embed or vSpatial")
+        metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         about = json.loads(metadata.get("mini_mi", "{}"))
         # In files of the first edition "fixed_slots" marks what came from a file of the authors.
         frames = None if about.get("fixed_slots") else about.get("frames")
-        if frames is not None and any(m.shape[1] != frames for m in tensors.values()):
-            raise ValueError(f"not all tensors have {frames} frames")
-        blocks = {MotionEmbeddings.block(key) for key in tensors}
-        grids = {block: about.get("grids", {}).get(block) for block in blocks}
-        grids = {block: grid and tuple(grid) for block, grid in grids.items()}
+        grids = {block(key): about.get("grids", {}).get(block(key)) for key in tensors}
+        grids = {name: grid and tuple(grid) for name, grid in grids.items()}
         for key, m in tensors.items():
-            grid = grids[MotionEmbeddings.block(key)]
-            if grid and len(m) not in (1, math.prod(grid)):
-                raise ValueError(f"{key} has {len(m)} positions and the grid {grid}")
+            grid = grids[block(key)]
+            if m.dim() != 3 or len(m) not in (1, math.prod(grid) if grid else len(m)):
+                raise UserError(f"{key} has the shape {tuple(m.shape)}, which does not fit the grid {grid}")
+            if frames not in (None, m.shape[1]):
+                raise UserError(f"{key} has {m.shape[1]} frames and not {frames}")
+            if not m.isfinite().all():
+                raise UserError(f"{key} has values that are not finite; train the motion again")
         settings = {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
         for name, end in (("use_mqk", "pos_embed"), ("use_mv", "vSpatial")):
             settings.setdefault(name, any(key.endswith(end) for key in tensors))
-        source = dict(about.get("source", {}))
-        return tensors, dict(frames=frames, grids=grids, source=source, settings=settings)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its settings cannot be read ({error}); train the motion again") from None
+        return tensors, dict(frames=frames, grids=grids, source=dict(about.get("source", {})),
+                             settings=settings)
 
 
 def save_state(path, parts, generator, losses):
@@ -1358,17 +1278,15 @@ def load_state(path, parts, generator, steps):
         saved = torch.load(path, weights_only=True, map_location="cpu")
         if saved.keys() != {*parts, "generator", "losses"}:
             raise ValueError("it is of another kind of training")
+        if len(saved["losses"]) > steps:
+            raise ValueError(f"it is {len(saved['losses'])} steps far, more than the {steps} asked for")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         generator.set_state(saved["generator"])
-        losses = saved["losses"]
+        return saved["losses"]
     except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
         raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
                         "delete it to start over") from None
-    if len(losses) > steps:
-        raise UserError(f"an earlier training got {len(losses)} steps far, more than the {steps} asked "
-                        f"for: ask for as many, or delete {path} to start over")
-    return losses
 
 
 # =================================== PLUMBING: nothing below is about the method ==========================
@@ -1410,31 +1328,31 @@ def atomic_write(path):
 def built_from(path, problem="cannot be used"):
     """Guards code that builds something from a file: whatever goes wrong there is the file's fault, by name.
 
-    A number where a list belongs, a negative width or a missing field raises any error, anywhere.
+    A number where a list belongs, a negative width or a missing field raises any error, anywhere. This is the
+    one place that turns them into a UserError, so the code inside need not check for them.
     """
     try:
         yield
-    except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except Exception as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{path} {problem} ({reason}); fetch or write it again") from error
-
-
-def refuse_pointer(path):
-    """UserError if a file is the note that git-lfs leaves in place of a large file."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com/"):
-            raise UserError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise                                               # a file in this folder is named already
+        if isinstance(error, UserError):
+            raise UserError(f"{path}: {error}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if getattr(error, "strerror", None):                                 # the file system's own errors
+            problem, reason = "cannot be read", error.strerror
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs.github.com/"):
+                problem, reason = "is a git-lfs pointer, not the file itself", "run `git lfs pull` there"
+        raise UserError(f"{path} {problem} ({reason}); get it again") from error
 
 
 def read_json(path):
     """The JSON object in a file, as a dict. UserError: missing, not JSON, not an object."""
-    refuse_pointer(path)
-    with built_from(path, "is not valid JSON, or cannot be read"):
+    with built_from(path, "is not valid JSON"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+        if not isinstance(value, dict):
+            raise UserError(f"a JSON object should be in it, not a {type(value).__name__}")
     return value
 
 
@@ -1448,14 +1366,16 @@ def read_config(kind, config, fields, implemented=None):
     implemented  dict, field -> the values that this file implements; any other value is a UserError
     """
     settings = {field: config.get(field, default) for field, default in fields.items()}
-    kinds = {int: (int, float), float: (int, float), tuple: (list, tuple), type(None): object}
-    for field, value in settings.items():
-        default, allowed = fields[field], (implemented or {}).get(field)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if allowed is not None and any(v not in allowed for v in values):
-            raise UserError(f"{kind} config: {field} = {value} is not implemented; it takes {allowed}")
-        negative = type(default) is int and type(value) is int and default > 0 >= value
-        if negative or not isinstance(value, kinds.get(type(default), type(default))):
+    for field, allowed in (implemented or {}).items():
+        values = settings[field] if isinstance(settings[field], (list, tuple)) else [settings[field]]
+        if any(value not in allowed for value in values):
+            raise UserError(f"{kind} config: {field} = {settings[field]} is not implemented; "
+                            f"it takes {allowed}")
+    # Most values of the wrong kind fail where the part is built, see built_from; a number may fail at use.
+    for field, default in fields.items():
+        value, number = settings[field], type(default) in (int, float)
+        wrong = isinstance(default, tuple) and not isinstance(value, (list, tuple))
+        if wrong or number and not (isinstance(value, (int, float)) and (value > 0 or value >= default)):
             raise UserError(f"{kind} config: {field} = {value!r} cannot be; a usual value is {default!r}")
     return SimpleNamespace(**settings)
 
@@ -1469,14 +1389,11 @@ SAFETENSORS_DTYPES = {
 
 def _read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
-    refuse_pointer(path)
     with built_from(path, "is damaged, truncated or no safetensors file"):
         with open(path, "rb") as file:
             # Pages load when they are used; ACCESS_COPY: writing into a tensor does not change the file.
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(memory[:8], "little")
-        if start > len(memory):
-            raise ValueError(f"a header of {start - 8} bytes does not fit into {len(memory)}")
         header = json.loads(memory[8:start])
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -1484,20 +1401,16 @@ def _read_safetensors(path):
         data, tensors, position = torch.frombuffer(memory, dtype=torch.uint8)[start:], {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
-            if kind not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{name} has the unknown dtype {kind}")
             dtype = SAFETENSORS_DTYPES[kind]
-            if any(n < 0 for n in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name}: {end - begin} bytes cannot hold shape {shape} of {kind}")
             # Each tensor begins where the one before it ended: this excludes gaps and overlaps at once.
-            if begin != position or end > len(data):
-                raise ValueError(f"{name}: bytes {begin} to {end} overlap, leave a gap or lie outside")
+            if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name}: bytes {begin} to {end}, after {position}, for {shape} of {kind}")
             raw = data[begin:end]
             if (start + begin) % dtype.itemsize:
                 raw = raw.clone()  # old writers did not align; a wider dtype needs it
             tensors[name], position = raw.view(dtype).reshape(shape), end
         if position != len(data):
-            raise ValueError(f"{len(data) - position} bytes belong to no tensor")
+            raise ValueError(f"tensors of {position} bytes in {len(data)}")
     return tensors, metadata
 
 
@@ -1507,16 +1420,11 @@ def load_tensors(path):
     UserError: missing, truncated, offsets that lie, unknown dtype, a pickle that holds more than tensors.
     A pickle is a program; `weights_only` refuses every call but the few that build tensors.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist or is not a file")
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(path)[0]
-    refuse_pointer(path)
-    with built_from(path, "was refused: it is damaged, or a pickle with code or objects beside tensors"):
+    with built_from(path, "was refused: it is damaged, or holds code or objects beside a dict of tensors"):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise UserError(f"{path} should hold a dict of tensors (a state dict)")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def read_metadata(path):
@@ -1595,7 +1503,7 @@ def weight_names(stem):
 
 def shards(path):
     """The weight files behind `path`: itself, or those that the index names, all of them beside it."""
-    if path.suffix != ".json":
+    if ".index." not in path.name:
         return [path]
     with built_from(path):
         names = sorted(set(read_json(path)["weight_map"].values()))
@@ -1615,12 +1523,12 @@ def load_module(build, folder, stem, device, dtype):
     for file in shards(path):
         tensors.update(rename_keys(load_tensors(file), text_encoder=build is CLIPTextModel))
     expected = module.state_dict()
-    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
     if missing or extra or wrong:
         raise UserError(f"{path} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
                         f"{len(extra)} unknown {extra[:2]}, {len(wrong)} of another shape {wrong[:2]}")
-    bad = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+    bad = next((name for name, v in tensors.items() if not v.isfinite().all()), None)
     if bad:
         raise UserError(f"{path} has values that are not finite in {bad}; get the file again")
     module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
@@ -1653,23 +1561,21 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     its cost is small next to the UNet's.
     """
     folder = local_folder(folder_or_repo) or fetch_model(folder_or_repo)
+    schedule = folder / "scheduler" / "scheduler_config.json"
     # Both parts without weights are tried, too: a value of the wrong kind may show only at use.
     with built_from(folder / "tokenizer"):
-        for file in (folder / "tokenizer").glob("*"):
-            refuse_pointer(file)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         tokenizer(["a"])
-    schedule = folder / "scheduler" / "scheduler_config.json"
     with built_from(schedule):
         config = read_json(schedule)
         scheduler = DDIMScheduler(config)
         scheduler.timesteps(1)
     if (name := config.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
         print(f"scheduler: the noise schedule of {name} is taken; sampling is by DDIM")
-    parts = dict(text_encoder=CLIPTextModel, vae=AutoencoderKL, unet=UNet3DConditionModel)
-    return Models(tokenizer=tokenizer, scheduler=scheduler, **{
-        part: load_module(build, folder / part, PARTS[part], device, {"vae": torch.float32}.get(part, dtype))
-        for part, build in parts.items()})
+    text_encoder, vae, unet = (
+        load_module(build, folder / part, PARTS[part], device, torch.float32 if part == "vae" else dtype)
+        for part, build in zip(PARTS, (CLIPTextModel, AutoencoderKL, UNet3DConditionModel)))
+    return Models(tokenizer, text_encoder, vae, unet, scheduler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1685,23 +1591,21 @@ class NotOnHub(UserError):
 
 
 class HubRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, notes what the hub itself says of a file, and leaves the token with the hub.
+    """Follows redirects, notes what the hub says of a file, and leaves the token with the hub's host.
 
-    Hash and size come with the redirect to a storage host (X-Linked-Etag, X-Linked-Size). `linked` has them.
+    Hash and size come with the redirect to a storage host, not from there (X-Linked-Etag, X-Linked-Size).
     """
-
-    def __init__(self, url):
-        self.hub, self.linked = urlsplit(url)[:2], {}  # scheme, and host with port
+    linked = None
 
     def redirect_request(self, request, answer, code, message, headers, url):
         """The request that follows; None, and with it an HTTPError, where the way leaves the web."""
         if urlsplit(url).scheme not in ("http", "https"):
             return None
         following = super().redirect_request(request, answer, code, message, headers, url)
-        if urlsplit(request.full_url)[:2] == self.hub:
-            self.linked.update(headers)
-            if following and urlsplit(url)[:2] == self.hub:  # a renamed repository
-                following.unredirected_hdrs.update(request.unredirected_hdrs)
+        if self.linked is None and headers.get("X-Linked-Etag"):
+            self.linked = headers
+        if following and urlsplit(url)[:2] == urlsplit(request.full_url)[:2]:     # a renamed repository
+            following.unredirected_hdrs.update(request.unredirected_hdrs)         # the token, if it has it
         return following
 
 
@@ -1724,8 +1628,7 @@ def repo_cache(repo, revision="main"):
     with contextlib.suppress(OSError):       # refs/main holds the commit that it was when it was fetched
         revision = (store / "refs" / revision).read_text("utf-8").strip()
     theirs, ours = store / "snapshots" / revision, hub_path("", "mini_mi") / repo.replace("/", "--")
-    ours = ours / quote(revision, safe="")
-    return repo, theirs if theirs.is_dir() else ours, revision
+    return repo, theirs if theirs.is_dir() else ours / quote(revision, safe=""), revision
 
 
 def _download(url, target, token):
@@ -1734,21 +1637,17 @@ def _download(url, target, token):
     The part is named by the SHA-256 of the whole, so that parts of two versions are never joined. Raises one
     of NETWORK_ERRORS where another attempt may help, UserError where it will not.
     """
-    part = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
-    offset = part.stat().st_size if part else 0
+    kept = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
+    offset = kept.stat().st_size if kept else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    redirects = HubRedirects(url)
+    redirects = HubRedirects()
     try:
         answer = urllib.request.build_opener(redirects).open(request, timeout=30)
     except urllib.error.HTTPError as error:  # urllib raises all but 2xx; it is an answer all the same
         answer = error
     with answer:
-        linked = redirects.linked or answer.headers
-        sha256 = linked.get("X-Linked-Etag", "").strip('"')
-        sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else ""  # small files carry a git SHA-1 there
-        size = int(linked.get("X-Linked-Size") or 0)
         if answer.status == 404:
             raise NotOnHub(f"{url} does not exist (404): check the name of the folder or repository")
         if answer.status in (401, 403):
@@ -1756,34 +1655,32 @@ def _download(url, target, token):
                             "accept its terms on its page and set HF_TOKEN")
         if 300 <= answer.status < 400:
             raise UserError(f"{url}: the redirects lead nowhere; check HF_ENDPOINT")
-        # What was kept may be all of it: a process that was ended before the check left it so.
-        complete = bool(part and sha256 and sha256 in part.name and size == offset)
-        if part and not complete and (answer.status == 416 or not sha256 or sha256 not in part.name):
-            part.unlink()  # the part is no beginning of this file: start again
+        if answer.status not in (200, 206, 416):
+            raise ConnectionError(f"the server answered {answer.status}")
+        linked = redirects.linked or answer.headers
+        sha256 = linked.get("X-Linked-Etag", "").strip('"')
+        sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else ""  # small files carry a git SHA-1 there
+        size, part = int(linked.get("X-Linked-Size") or 0), target.with_name(f".{target.name}.{sha256}.part")
+        if kept and kept != part:
+            kept.unlink()  # it is no beginning of this file
             raise ConnectionError("the file on the hub has changed")
-        if not complete:
-            if answer.status not in (200, 206):
-                raise ConnectionError(f"the server answered {answer.status}")
+        # 416: nothing follows the part. It may be all of it, if the process ended before the check below.
+        if answer.status != 416:
             offset = offset if answer.status == 206 else 0  # 200: the server ignores Range and sends it all
             size = size or offset + int(answer.headers.get("Content-Length") or 0)
-            needed, free = size - offset, shutil.disk_usage(target.parent).free
-            if needed > free:
-                raise UserError(f"the disk is too full for {target.name}: {needed / 1e6:.0f} MB to come, "
-                                f"{free / 1e6:.0f} MB free in {target.parent}; make room or set HF_HOME")
-            part = target.with_name(f".{target.name}.{sha256}.part")
             bar = tqdm(total=size, initial=offset, unit="B", unit_scale=True, desc=target.name,
                        disable=not sha256)  # small files come without a hash, and need no bar
             with bar, open(part, "ab" if offset else "wb") as file:
                 while block := answer.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
-    if part.stat().st_size < size:
-        raise ConnectionError(f"the connection ended at byte {part.stat().st_size} of {size}")
-    digest = hashlib.sha256()
+    digest, have = hashlib.sha256(), part.stat().st_size
+    if have < size:
+        raise ConnectionError(f"the connection ended at byte {have} of {size}")
     with open(part, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    if (size and part.stat().st_size > size) or (sha256 and digest.hexdigest() != sha256):
+    if sha256 and digest.hexdigest() != sha256:
         part.unlink()
         # Of a part that was continued the damage may be old, and another attempt begins afresh.
         raise (ConnectionError if offset else UserError)(
@@ -1793,10 +1690,10 @@ def _download(url, target, token):
 
 
 def fetch(repo, filename, revision="main"):
-    """Path in the cache of `filename` of hub repository `repo`, see repo_cache.
+    """Path in the cache of `filename` of hub repository `repo`; downloaded if it is not there.
 
-    Downloaded if it is not there. Environment: HF_ENDPOINT (hub), HF_TOKEN and HF_TOKEN_PATH (gated models),
-    HF_HOME and HF_HUB_CACHE (where files are; default ~/.cache/huggingface), HF_HUB_OFFLINE (ask no one).
+    Environment: HF_ENDPOINT (hub), HF_TOKEN and HF_TOKEN_PATH (gated models), HF_HOME and HF_HUB_CACHE
+    (where files are; default ~/.cache/huggingface), HF_HUB_OFFLINE (ask no one).
     UserError: no network, refused, damaged, disk full; NotOnHub: 404, or not in the cache while offline.
     """
     repo, folder, revision = repo_cache(repo, revision)
@@ -1831,36 +1728,36 @@ def fetch(repo, filename, revision="main"):
                     "what came is kept")
 
 
-def fetch_weights(repo, part, stem):
-    """Folder with config.json and weights of one part ("" is the repository's root), see weight_names."""
-    prefix, absent = f"{part}/".lstrip("/"), None
-    folder = fetch(repo, f"{prefix}config.json").parent
+def _fetch_first(repo, part, choices):
+    """Folder `part` of a repository, with the first of `choices` (tuples of names) that it has whole."""
+    folder, absent = repo_cache(repo)[1] / part, None
     # What is there already, in whatever form, goes before anything that would have to be fetched.
-    for name in sorted(weight_names(stem), key=lambda name: not (folder / name).is_file()):
+    for names in sorted(choices, key=lambda names: not (folder / names[0]).is_file()):
         try:
-            for shard in shards(fetch(repo, prefix + name)):
-                fetch(repo, prefix + shard.name)
+            for name in names:
+                for file in shards(fetch(repo, (Path(part) / name).as_posix())):
+                    fetch(repo, (Path(part) / file.name).as_posix())
             return folder
         except NotOnHub as error:
             absent = absent or error  # of several misses, the one of the usual name
     raise absent
 
 
+def fetch_weights(repo, part, stem):
+    """Folder with config.json and weights of one part ("" is the repository's root), see weight_names."""
+    _fetch_first(repo, part, [("config.json",)])
+    return _fetch_first(repo, part, [(name,) for name in weight_names(stem)])
+
+
 def fetch_tokenizer(repo, part):
     """Folder with the tokenizer of one part ("" is the repository's root): the files of either generation."""
-    folder, prefix = repo_cache(repo)[1] / part, f"{part}/".lstrip("/")
-    try:
-        today = (folder / "tokenizer.json").is_file()
-        for name in ("tokenizer.json",) if today else ("vocab.json", "merges.txt"):
-            fetch(repo, prefix + name)
-    except NotOnHub:
-        fetch(repo, f"{prefix}tokenizer.json")                # all that transformers 5 writes
+    folder = _fetch_first(repo, part, [("vocab.json", "merges.txt"), ("tokenizer.json",)])
     # Nobody can say offline which optional files there are. The config is fetched last: where it is, the
     # others have been asked for.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / "tokenizer_config.json").is_file():
             with contextlib.suppress(NotOnHub):
-                fetch(repo, prefix + name)
+                _fetch_first(repo, part, [(name,)])
     return folder
 
 
@@ -1873,7 +1770,9 @@ def fetch_model(repo):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else
+# Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else.
+# Each kind is opened as (times, get): when its stored frames begin, and the end, as Fractions of seconds from
+# 0; and get(indices), the list of these frames as (h,w,3) uint8 of the wanted size
 # ------------------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_STARTS = (b"GIF8", b"\x89PNG", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")  # content, not suffix
@@ -1883,17 +1782,16 @@ SDR = ("zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:p
        "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
 
 
-def choose_frames(path, times, frames, start, duration):
-    """F indices into `times` (when each stored frame begins, then the end; Fractions of seconds from 0).
+def choose_frames(times, frames, start, duration):
+    """F indices into `times`: frame i is the one shown at start + (i + 1/2) * duration / F.
 
-    Frame i is the one shown at start + (i + 1/2) * duration / F. UserError: a part that is not in the clip,
-    or one with fewer stored frames than asked for.
+    UserError: a part that is not in the clip, or one with fewer stored frames than asked for.
     """
     begin, end = Fraction(start), times[-1]
     stop = end if duration is None else begin + Fraction(duration)
     slack = end / (10 * max(1, len(times) - 1))                 # a tenth of a frame: files round their times
     if begin >= end > 0 or stop > end + Fraction(1, 10):        # lengths are told rounded
-        raise UserError(f"{path} is {float(end):.2f} s long: --start {start:g} and --duration go beyond")
+        raise UserError(f"it is {float(end):.2f} s long: --start {start:g} and --duration go beyond")
 
     def shown(moment):
         """Index of the frame that is on the screen then."""
@@ -1902,134 +1800,121 @@ def choose_frames(path, times, frames, start, duration):
     stop = min(stop, end)
     stored = bisect.bisect_left(times, stop - slack, 0, len(times) - 1) - max(0, shown(begin))
     if stored < frames:
-        raise UserError(f"{path} has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
+        raise UserError(f"it has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
                         "take a longer clip, a longer part of it or fewer frames")
     return [shown(begin + (stop - begin) * (2 * i + 1) / (2 * frames)) for i in range(frames)]
 
 
-@contextlib.contextmanager
 def open_picture(path):
-    """A picture file, opened by PIL; whatever the decoder raises inside the block names the file."""
-    with built_from(path, "is damaged or no picture file"), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)       # PIL would only warn of some
-        try:
-            # A closed list of formats: others may start programs (EPS), whatever the suffix says.
-            with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")) as image:
-                yield image
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} has too many pixels to be decoded safely: scale it down") from error
+    """A picture file, opened by PIL. A closed list of formats: others may start programs (EPS)."""
+    return Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF"))
 
 
-def fit(path, image, size):
+def on_white(image):
+    """PIL image with transparency -> RGB, on white."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def fit(image, size):
     """PIL image -> (h,w,3) uint8, upright, on white, scaled (bicubic) to cover `size`, cropped to the centre.
 
     16-bit grey: 65535 is white; floats: 1.0 is white; other ranges are refused.
     """
     if min(image.size) < SMALLEST:
-        raise UserError(f"{path} has frames of {image.size} pixels: {SMALLEST} x {SMALLEST} are the least")
+        raise UserError(f"frames of {image.size} pixels: {SMALLEST} x {SMALLEST} are the least")
     mode, white = image.mode, 1 if image.mode == "F" else 65535
     image = ImageOps.exif_transpose(image)
     if mode[0] in "IF":                              # I;16, I;16B, I (16-bit PNG in older PIL), F
         values = np.asarray(image, dtype=np.float64)
         if not (values.min() >= 0 and values.max() <= white):
-            raise UserError(f"{path} has grey values from {values.min():g} to {values.max():g}: "
+            raise UserError(f"grey values from {values.min():g} to {values.max():g}: "
                             f"0 to {white} can be read in this format; save it with 8 bits")
         image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-    image = (image.convert("RGB") if mode == "CMYK" else image).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = on_white(image.convert("RGB") if mode == "CMYK" else image)
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
 
 
-def read_animation(path, frames, size, start, duration):
-    """The chosen frames of a GIF, WebP or APNG. One held for k times the shortest duration counts as k."""
-    with open_picture(path) as image:
-        # An APNG may begin with a still for old viewers that is no part of the clip.
-        first, lasts = int(bool(image.info.get("default_image"))), []
-        for index in range(first, getattr(image, "n_frames", 1)):
-            image.seek(index)
-            image.load()
-            lasts.append(Fraction(image.info.get("duration") or 100) / 1000)     # 0 means "as usual"
-        # Writers merge equal neighbours; undone here, in ticks of the shortest frame, so that they count.
-        owners, times = [], [Fraction(0)]
-        for index, last in enumerate(lasts, first):
-            ticks = max(1, round(last / min(lasts)))
-            owners += [index] * ticks
-            times += [times[-1] + last * k / ticks for k in range(1, ticks + 1)]
-        video = []
-        for tick in choose_frames(path, times, frames, start, duration):
-            image.seek(owners[tick])
-            video.append(fit(path, image, size))
-    return np.stack(video)
+def open_animation(path, size):
+    """(times, get) of a GIF, WebP or APNG. A frame held for k times the shortest duration counts as k.
+
+    Writers merge equal neighbours into one longer frame; undone here, in ticks of the shortest.
+    """
+    image = open_picture(path)
+    # An APNG may begin with a still for old viewers that is no part of the clip.
+    first, lasts = int(bool(image.info.get("default_image"))), []
+    for index in range(first, getattr(image, "n_frames", 1)):
+        image.seek(index)
+        image.load()
+        lasts.append(Fraction(image.info.get("duration") or 100) / 1000)     # 0 means "as usual"
+    owners, times = [], [Fraction(0)]
+    for index, last in enumerate(lasts, first):
+        ticks = max(1, round(last / min(lasts)))
+        owners += [index] * ticks
+        times += [times[-1] + last * k / ticks for k in range(1, ticks + 1)]
+
+    def get(indices):
+        """The frames that are on the screen in these ticks."""
+        frames = []
+        for index in indices:
+            image.seek(owners[index])
+            frames.append(fit(image, size))
+        return frames
+
+    return times, get
 
 
-def read_folder(path, frames, size, start, duration):
-    """The chosen pictures of a folder, in natural order (2.png before 10.png)."""
-    if start or duration:
-        raise UserError(f"{path} holds pictures, which have no times: take a folder of those wanted")
-    names = {}
+def open_folder(path, size):
+    """(times, get) of a folder of pictures in natural order (2.png before 10.png), one a second."""
+    names, sizes = {}, set()
     for picture in path.glob("[!.]*"):
         if picture.suffix.lower() in IMAGE_SUFFIXES:
             # "00000.jpg" and "00000.png", or "7.png" and "7_mask.png": a picture and its mask.
             numbers = tuple(map(int, re.findall("[0-9]+", picture.stem)))
             twin = names.setdefault(numbers or picture.stem, picture)
             if twin is not picture:
-                raise UserError(f"{path} holds two pictures of one number, {twin.name} and {picture.name}: "
+                raise UserError(f"two pictures of one number, {twin.name} and {picture.name}: "
                                 "put masks into a folder of their own")
-
-    def natural(picture):
-        """A file name, its numbers as numbers."""
-        return [int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", picture.name)]
-
-    pictures = sorted(names.values(), key=natural)
-    video, sizes = [], set()
-    for picture in pictures:
-        with open_picture(picture) as image:
-            sizes.add(image.size)
-    for index in choose_frames(path, list(map(Fraction, range(len(pictures) + 1))), frames, 0, None):
-        with open_picture(pictures[index]) as image:
-            video.append(fit(pictures[index], image, size))
+            with built_from(picture, "is damaged or no picture"), open_picture(picture) as image:
+                sizes.add(image.size)
     if len(sizes) > 1:
-        raise UserError(f"{path} mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
-    return np.stack(video)
+        raise UserError(f"it mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
+    pictures = sorted(names.values(), key=lambda picture: [
+        int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", picture.name)])
+
+    def get(indices):
+        """These pictures."""
+        frames = []
+        for picture in (pictures[index] for index in indices):
+            with built_from(picture, "is damaged or no picture"), open_picture(picture) as image:
+                frames.append(fit(image, size))
+        return frames
+
+    return [Fraction(n) for n in range(len(pictures) + 1)], get
 
 
-def program(name, path):
-    """Path of ffmpeg or ffprobe. UserError: it is not installed."""
-    if not shutil.which(name):
-        raise UserError(f"{path}: this format needs the program ffmpeg, but {name} is not on PATH: install "
-                        "it, or use .gif or .webp")
-    return shutil.which(name)
+def call(program, *arguments, data=None):
+    """Runs ffmpeg or ffprobe: (did it succeed, output, first complaint). UserError: it is not installed."""
+    if not shutil.which(program):
+        raise UserError(f"this format needs the program ffmpeg, but {program} is not on PATH: install it, "
+                        "or use .gif or .webp")
+    done = subprocess.run([program, "-v", "error", *arguments], input=data, capture_output=True)
+    said = re.sub(r"\[.*?\] ", "", one_line(done.stderr.decode(errors="replace"))) if done.stderr else ""
+    return done.returncode == 0, done.stdout, said
 
 
-def read_film(path, frames, size, start, duration, seek=True):
-    """The chosen frames of a video file, upright, with square pixels, in SDR: one ffprobe, then one ffmpeg.
-
-    seek=False reads from the first frame on, also for a part: in some containers (.ts) one seeks too far.
-    """
-    def refuse(log):
-        """UserError with the first thing that a program said."""
-        reason = re.sub(r"\[.*?\] ", "", one_line(log.decode(errors="replace")))
-        raise UserError(f"{path} is damaged, truncated or no video ({reason}): export it again")
-
-    ask = [program("ffprobe", path), "-v", "error", "-fflags", "+genpts", "-select_streams", "V:0",
-           "-of", "json", "-show_entries", "format=start_time:stream_tags=alpha_mode:stream=codec_name,width,"
-           "height,color_transfer,start_pts,time_base,nb_frames:packet=pts,dts,duration,flags"]
-    seek = seek and start > 2
-    if seek or duration is not None:        # only the packets around that part; they are not in order
-        begin, end = (f"+{start - 2}", 4) if seek else ("", start + 2)
-        ask += ["-read_intervals", f"{begin}%" + (f"+{duration + end}" if duration is not None else "")]
-    probe = subprocess.run([*ask, f"file:{path}"], capture_output=True)
-    about = json.loads(probe.stdout or b"{}")
-    if probe.returncode or not about.get("streams") or not about.get("packets"):
-        refuse(probe.stderr or b"no video in it")
+def open_film(path, size):
+    """(times, get) of a video file, upright, with square pixels, in SDR: one ffprobe, then one ffmpeg."""
+    # All packets, but nothing is decoded for that: where the frames are in time.
+    fine, probed, said = call(
+        "ffprobe", "-fflags", "+genpts", "-select_streams", "V:0", "-of", "json", "-show_entries",
+        "format=start_time:stream_tags=alpha_mode:stream=codec_name,width,color_transfer,start_pts,time_base,"
+        "nb_frames:packet=pts,dts,duration,flags", f"file:{path}")
+    about = json.loads(probed or b"{}")
+    if not fine or not about.get("packets") or not about["streams"][0].get("width"):
+        raise ValueError(said or "no pictures in it")
     stream, packets = about["streams"][0], about["packets"]
-    if probe.stderr and not seek and duration is None and int(stream.get("nb_frames", 0)) > len(packets):
-        refuse(probe.stderr)                             # the end of the file is missing
-    if not stream.get("width"):
-        refuse(b"no picture in it")
-    if min(stream["width"], stream["height"]) < SMALLEST:
-        raise UserError(f"{path} has frames of {(stream['width'], stream['height'])} pixels: "
-                        f"{SMALLEST} x {SMALLEST} are the least")
+    if said and int(stream.get("nb_frames", 0)) > len(packets):
+        raise ValueError(said)                             # the end of the file is missing
     unit, stamps = Fraction(stream["time_base"]), {}
     for packet in packets:
         if "D" not in packet["flags"]:       # to be discarded: cut off by an edit list
@@ -2039,41 +1924,42 @@ def read_film(path, frames, size, start, duration, seek=True):
     # Containers tell the length of the last frame badly or not at all: it lasts as long as others, at least.
     last = max(stamps[order[-1]], (order[-1] - order[0]) // max(1, len(order) - 1))
     times = [(stamp - zero) * unit for stamp in [*order, order[-1] + last]]
-    if seek and times[0] > start:
-        return read_film(path, frames, size, start, duration, seek=False)
-    wanted = choose_frames(path, times, frames, start, duration)
-
-    # A window around the time of each wanted frame, up to half way to its neighbours.
-    stored, offset = sorted(set(wanted)), zero * unit
-    edges = [times[0] - 1, *((a + b) / 2 for a, b in zip(times, times[1:-1])), times[-1]]
-    edges = [f"{float(edge + offset):.6f}" for edge in edges]
-    windows = "+".join(f"between(t,{edges[k]},{edges[k + 1]})" for k in stored)
     hdr = stream.get("color_transfer") in ("smpte2084", "arib-std-b67")
-    # With -copyts the times are those of ffprobe; decoding begins at a key frame before the part. The frames
-    # are renumbered, so that exactly these arrive also where the rate varies.
-    command = [program("ffmpeg", path), "-v", "error", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts"]
-    if seek:
-        moment = times[stored[0]] + offset - Fraction(about["format"].get("start_time", "0"))
-        command += ["-noaccurate_seek", "-ss", f"{max(0.0, float(moment)):.6f}"]
-    if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
-        command += ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]]]
     width, height = size
-    command += ["-i", f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf",
-                f"select='{windows}',settb=1/25,setpts=N,{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,"
-                f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
-                f"format=rgba,crop={width}:{height}", "-r", "25", "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
-    film = subprocess.run(command, capture_output=True)
-    if hdr and b"zscale" in film.stderr:
-        raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another one, "
-                        f"ffmpeg -i {path} -vf {SDR} sdr.mp4")
-    if film.returncode or len(film.stdout) != len(stored) * width * height * 4:
-        if seek:
-            return read_film(path, frames, size, start, duration, seek=False)
-        refuse(film.stderr or b"frames are missing")
-    rgba = np.frombuffer(film.stdout, np.uint8).reshape(-1, height, width, 4).astype(np.uint16)
-    opacity = rgba[..., 3:]
-    video = ((rgba[..., :3] * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)    # on white
-    return video[[stored.index(k) for k in wanted]]
+
+    def get(indices):
+        """These frames, decoded by one ffmpeg from the key frame before the first of them on."""
+        # A window around the time of each wanted frame, up to half way to its neighbours.
+        stored, offset = sorted(set(indices)), zero * unit
+        edges = [times[0] - 1, *((a + b) / 2 for a, b in zip(times, times[1:-1])), times[-1]]
+        edges = [f"{float(edge + offset):.6f}" for edge in edges]
+        windows = "+".join(f"between(t,{edges[k]},{edges[k + 1]})" for k in stored)
+        # With -copyts the times are those of ffprobe. The frames are renumbered, so that exactly these arrive
+        # also where the rate varies.
+        command = ["-i", f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf",
+                   f"select='{windows}',settb=1/25,setpts=N,{SDR + ',' if hdr else ''}scale=iw*sar:ih,"
+                   f"setsar=1,scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+"
+                   f"accurate_rnd,format=rgba,crop={width}:{height}",
+                   "-r", "25", "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
+        if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
+            command = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]], *command]
+        start = times[stored[0]] + offset - Fraction(about["format"].get("start_time", "0"))
+        seek = ["-noaccurate_seek", "-ss", f"{max(0.0, float(start)):.6f}"]
+        # In some containers (.ts) one seeks too far. Then it is decoded from the first frame on, as it is
+        # where seeking would save little.
+        for place in (seek, []) if times[stored[0]] > 2 else ([],):
+            fine, film, said = call("ffmpeg", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts", *place,
+                                    *command)
+            if fine and len(film) == len(stored) * width * height * 4:
+                pixels = np.frombuffer(film, np.uint8).reshape(-1, height, width, 4)
+                frames = {k: np.asarray(on_white(Image.fromarray(rgba))) for k, rgba in zip(stored, pixels)}
+                return [frames[k] for k in indices]
+        if hdr and "zscale" in said:
+            raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another "
+                            f"one, ffmpeg -i {path} -vf {SDR} sdr.mp4")
+        raise ValueError(said or "frames are missing")
+
+    return times, get
 
 
 def read_video(path, frames, size, start=0.0, duration=None):
@@ -2083,21 +1969,24 @@ def read_video(path, frames, size, start=0.0, duration=None):
     choose_frames. Each is scaled until it covers `size`, then cropped to the centre; transparent is white.
     UserError: fewer stored frames than that, and everything that cannot be decoded.
     """
-    path = Path(path)
+    path, reader = Path(path), open_folder
     if frames < 1 or start < 0 or (duration is not None and duration <= 0):
         raise UserError(f"frames ({frames}) at least 1, start ({start}) not below 0, duration above 0")
     if not path.exists():
         raise UserError(f"{path} does not exist: give a video file, a GIF or a folder of images")
-    reader = read_folder
-    if path.is_file():
-        refuse_pointer(path)
-        with open(path, "rb") as file:
-            begin = file.read(12)
-        if not begin:
-            raise UserError(f"{path} is empty")
-        picture = begin.startswith(IMAGE_STARTS) or begin[:4] + begin[8:] == b"RIFFWEBP"
-        reader = read_animation if picture else read_film
-    return reader(path, frames, size, start, duration)
+    with built_from(path, "is damaged, truncated or no video"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)       # PIL would only warn of some
+        if path.is_file():
+            with open(path, "rb") as file:
+                begin = file.read(12)
+            picture = begin.startswith(IMAGE_STARTS) or begin[:4] + begin[8:] == b"RIFFWEBP"
+            reader = open_animation if picture else open_film
+            if not begin:
+                raise UserError("the file is empty")
+        elif start or duration:
+            raise UserError("it holds pictures, which have no times: take a folder of those wanted")
+        times, get = reader(path, size)
+        return np.stack(get(choose_frames(times, frames, start, duration)))
 
 
 def write_video(path, frames, fps):
@@ -2114,12 +2003,12 @@ def write_video(path, frames, fps):
         if suffix == ".mp4":
             odd = [(0, side % 2) for side in frames.shape[1:3]]
             frames = np.pad(frames, ((0, 0), *odd, (0, 0)), "edge")
-            command = [program("ffmpeg", path), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
-                       "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", str(fps), "-i", "-",
-                       "-pix_fmt", "yuv420p", "-b:v", "8M", "-movflags", "+faststart", f"file:{temporary}"]
-            result = subprocess.run(command, input=frames.tobytes(), capture_output=True)
-            if result.returncode:
-                raise UserError(f"ffmpeg cannot write {path}: {one_line(result.stderr.decode())}")
+            fine, _, said = call(
+                "ffmpeg", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(fps), "-s",
+                f"{frames.shape[2]}x{frames.shape[1]}", "-i", "-", "-pix_fmt", "yuv420p", "-b:v", "8M",
+                "-movflags", "+faststart", f"file:{temporary}", data=frames.tobytes())
+            if not fine:
+                raise UserError(f"ffmpeg cannot write {path}: {said}")
             return
         images, unit = [Image.fromarray(frame) for frame in frames], 10 if suffix == ".gif" else 1
         # Durations are whole hundredths of a second (GIF) or milliseconds, and add up to the right length.
@@ -2182,26 +2071,23 @@ def contact_sheet(rows):
 def loss_curve(losses):
     """PIL image, 900x480: the loss of each training step as a pale dot, its moving average as a line."""
     losses = np.asarray(losses, dtype=float)
-    window = np.ones(max(1, len(losses) // 12))
+    window, steps = np.ones(max(1, len(losses) // 12)), np.arange(len(losses)) / max(1, len(losses) - 1)
     # Centred average; the division makes averages of the shorter windows at both ends, too.
     mean = (np.convolve(losses, window) / np.convolve(np.ones_like(losses), window))[len(window) // 2:]
-    last, highest, zoom = max(2, len(losses)), max(1.05 * losses.max(), 1e-9), 2  # PIL antialiases no lines
-    image = Image.new("RGB", (900 * zoom, 480 * zoom), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14 * zoom)
-
-    def place(step, loss):
-        """Its pixel in the picture."""
-        return zoom * (80 + 796 * (step - 1) / (last - 1)), zoom * (420 - 376 * loss / highest)
-
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = place(1 + share * (last - 1), share * highest)
-        draw.line((80 * zoom, y, 876 * zoom, y), PALE if share else GREY, zoom)
-        draw.text((72 * zoom, y), f"{share * highest:.3g}", GREY, font, anchor="rm")
-        draw.text((x, 430 * zoom), f"{1 + share * (last - 1):.0f}", GREY, font, anchor="mt")
-    for x, y in map(place, range(1, len(losses) + 1), losses):
-        draw.ellipse((x - 5, y - 5, x + 5, y + 5), SKY)
-    draw.line(list(map(place, range(1, len(losses) + 1), mean)), BLUE, 3 * zoom, joint="curve")
-    draw.text((80 * zoom, 14 * zoom), f"loss by training step (line: mean of {len(window)} steps)", INK, font)
+    highest = max(1.05 * losses.max(), 1e-9)
+    # PIL antialiases no lines: drawn at twice the size, and reduced.
+    image, font = Image.new("RGB", (1800, 960), "white"), ImageFont.load_default(28)
+    draw = ImageDraw.Draw(image)
+    x, dots, line = 160 + 1592 * steps, 840 - 752 * losses / highest, 840 - 752 * mean[:len(losses)] / highest
+    for share in (0, 0.5, 1):
+        y = 840 - 752 * share
+        draw.line((160, y, 1752, y), PALE if share else GREY, 2)
+        draw.text((144, y), f"{share * highest:.3g}", GREY, font, anchor="rm")
+        draw.text((160 + 1592 * share, 860), f"{1 + share * (len(losses) - 1):.0f}", GREY, font, anchor="mt")
+    for column, row in zip(x, dots):
+        draw.ellipse((column - 5, row - 5, column + 5, row + 5), SKY)
+    draw.line(list(zip(x, line)), BLUE, 6, joint="curve")
+    draw.text((160, 28), f"loss by training step (line: mean of {len(window)} steps)", INK, font)
     return image.resize((900, 480), Image.Resampling.LANCZOS)
 
 
@@ -2216,7 +2102,7 @@ MODEL_DEFAULTS = {
                   guidance=12.0),                            # the paper's
 }
 INVERT_STEPS = 50                 # of the DDIM inversion, whatever --sample-steps is: the authors'
-TRAINING = ("steps", "lr", "batch", "seed", "loss", "checkpointing")     # train_motion's arguments
+TRAINING = ("steps", "lr", "batch", "seed", "loss", "checkpointing")  # train_motion's arguments
 
 
 def option(default, about, **extra):
@@ -2227,10 +2113,8 @@ def option(default, about, **extra):
 @dataclasses.dataclass
 class Config:
     """All settings of a run. The command line is made from this class, and run.json records it."""
-    model: str = option(None, "the embedded model (tiny, the default), zeroscope, a hub repository "
-                              "(owner/name or owner/name@revision) or a model folder")
-    video: str = option(None, "reference clip: GIF, WebP, APNG, a folder of pictures, or a file that ffmpeg "
-                              "reads (default: the first of data/clips)")
+    model: str = option(None, "tiny (embedded, the default), zeroscope, owner/name[@revision] or a folder")
+    video: str = option(None, "GIF, WebP, APNG, folder of pictures or film (default: first of data/clips)")
     start: float = option(None, "second of the reference to begin at", within=(0, 1e6))
     duration: float = option(None, "seconds of the reference (default: all that follow)", within=(1e-3, 1e6))
     source_prompt: str = option(None, "what the reference shows (clips of data/clips bring theirs)")
@@ -2241,32 +2125,27 @@ class Config:
 
     use_mqk: bool = option(True, "ablation: without the Motion Query-Key embedding", flag="--no-mqk")
     use_mv: bool = option(True, "ablation: without the Motion Value embedding", flag="--no-mv")
-    debias: str = option(None, "how MV is cleared of static appearance at inference (default: diff, or as "
-                               "the motion file says)", choices=("diff", "mean", "none"))
+    debias: str = option(None, "how MV loses static appearance at inference (default: diff, or the file's)",
+                         choices=("diff", "mean", "none"))
     debias_in_training: bool = option(False, "debias MV in training, too (not in the paper)")
     mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
     mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
-    levels: tuple = option((), "UNet levels that get embeddings, such as 1,2; 0 is the finest "
-                               "(default: the deepest level that has attention)")
-    motion_type: str = option("object", "camera: MV is dropped at inference, "
-                                        "as the authors do for camera motion", choices=("object", "camera"))
+    levels: tuple = option((), "UNet levels with embeddings, as in 1,2 (default: deepest with attention)")
+    motion_type: str = option("object", "camera: MV is dropped at inference", choices=("object", "camera"))
 
     steps: int = option(None, "training steps", within=(1, 1e6))
     lr: float = option(None, "learning rate", within=(1e-9, 1e3))
     batch: int = option(None, "noise levels in every training step", within=(1, 1e4))
-    loss: str = option("mse", "training loss; debiased: MotionDirector's, unrelated to --debias; hybrid: "
-                              "that and its spatial LoRA, as for the paper's numbers",
+    loss: str = option("mse", "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
                        choices=("mse", "debiased", "hybrid"))
-    snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100: "
-                                  "early ones often leak less of the reference's looks")
+    snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100")
     checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
 
     sample_steps: int = option(None, "DDIM steps", within=(1, 1e5))
     guidance: float = option(None, "classifier-free guidance; 1 or less switches it off", within=(-1e3, 1e3))
     noise_prior: float = option(0.5, "share of the inverted reference in the start noise", within=(0, 1))
     seeds: int = option(1, "clips per prompt, of as many seeds in a row", within=(1, 1e4))
-    compare: bool = option(True, "leave out the clips without embeddings: half the sampling time",
-                           flag="--no-compare")
+    compare: bool = option(True, "no clips without embeddings: half the sampling", flag="--no-compare")
 
     frames: int = option(None, "frames of the clips", within=(2, 1e4))
     size: str = option(None, "WIDTHxHEIGHT in pixels")
@@ -2277,11 +2156,6 @@ class Config:
     dtype: str = option("auto", "number format of the UNet; auto: float16 on cuda, float32 elsewhere",
                         choices=("auto", "float32", "bfloat16", "float16"))
     dry_run: bool = option(False, "say what would happen, and stop")
-
-    @property
-    def width_height(self):
-        """(width, height) in pixels"""
-        return tuple(map(int, self.size.split("x")))
 
 
 def model_defaults(model):
@@ -2308,7 +2182,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    """Command line -> Config. What was not given is None, or its fixed default; `run` fills it in."""
+    """Command line -> Config. What was not given is None, or its fixed default; `complete` fills it in."""
     parser = Parser("mini_mi.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         about, flag = f.metadata["about"], f.metadata.get("flag", "--" + f.name.replace("_", "-"))
@@ -2336,31 +2210,33 @@ def pick_device(name):
     return name
 
 
-def complete(config, trained):
+def complete(config, source):
     """Fills in what was not given: as the motion file was trained, as clips.json says, as the model likes it.
 
-    trained: `source` of the motion file, or {}. UserError: values that would spoil the run, missing prompts.
+    source: of the motion file, or {}. UserError: values that would spoil the run, missing prompts.
     """
-    memory = dict(model=str, frames=int, size=str)
-    if not config.video and isinstance(trained.get("video"), str):
-        if Path(trained["video"]).exists():
-            config.video, memory = trained["video"], dict(memory, start=float, duration=float)
-        elif config.noise_prior > 0:
-            raise UserError(f"{config.motion} was trained on {trained['video']}, which is not there "
-                            "any more: give --video, or --noise-prior 0")
-        memory["source_prompt"] = str
-        trained = dict(trained, source_prompt=trained.get("prompt"))
-    for name, kind in memory.items():
-        if getattr(config, name) is None and isinstance(trained.get(name), kind):
-            setattr(config, name, trained[name])
-    config.model, config.start, clips = config.model or "tiny", config.start or 0.0, HERE / "data" / "clips"
-    if not config.video and not config.motion:
+    def fill(values):
+        """Sets what is still None. A value of the wrong kind, from a motion file, counts as absent."""
+        for name, value in values.items():
+            if getattr(config, name) is None and isinstance(value, Config.__annotations__[name]):
+                setattr(config, name, value)
+
+    clips = HERE / "data" / "clips"
+    if config.motion and not config.video:      # the clip of the training, and read as it was read then
+        fill(dict(video=source.get("video"), start=source.get("start"), duration=source.get("duration"),
+                  source_prompt=source.get("prompt")))
+        if config.noise_prior == 0 and not os.path.exists(config.video or ""):
+            config.video = None                                 # only the start noise needs it
+        elif not config.video:
+            raise UserError("this motion file does not say which clip it was trained on: "
+                            "give --video, or --noise-prior 0")
+    elif not config.video:
         config.video = str(clips / f"{next(iter(read_json(clips / 'clips.json')))}.webp")
-    for name, value in model_defaults(config.model).items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-    listing = Path(config.video or "nowhere").parent / "clips.json"
-    if config.video and listing.is_file():           # clips with a clips.json beside them bring their prompts
+    fill({name: source.get(name) for name in ("model", "frames", "size")})
+    fill(dict(model="tiny", start=0.0))
+    fill(model_defaults(config.model))
+    listing = Path(config.video or clips).parent / "clips.json"
+    if listing.is_file():                            # clips with a clips.json beside them bring their prompts
         with built_from(listing):
             about = read_json(listing).get(Path(config.video).stem, {})
             config.prompts = tuple(config.prompts) or tuple(map(str, about.get("prompts", ())[:2]))
@@ -2371,36 +2247,28 @@ def complete(config, trained):
     if config.source_prompt is None and not config.motion:
         raise UserError('say what the reference shows, --source-prompt "...": what the text explains, '
                         "the motion embeddings need not learn")
-    if not config.video and config.noise_prior > 0:
-        raise UserError("this motion file does not say which clip it was trained on: "
-                        "give --video, or --noise-prior 0")
     for f in dataclasses.fields(config):
-        least, most = f.metadata.get("within", (None, None))
-        value = getattr(config, f.name)
+        value, (least, most) = getattr(config, f.name), f.metadata.get("within", (None, None))
         if least is not None and value is not None and not least <= value <= most:        # nan is not, either
             raise UserError(f"--{f.name.replace('_', '-')} {value}: it must be within {least:g} and {most:g}")
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", config.size):
-        raise UserError(f"--size {config.size}: give it as WIDTHxHEIGHT, 576x320")
-    beyond = [s for s in config.snapshots if not 1 <= s <= config.steps]
-    if beyond and not config.motion:
-        raise UserError(f"--snapshots {beyond[0]}: training has steps 1 to {config.steps}")
     if config.format == "mp4":
-        program("ffmpeg", "--format mp4")
+        call("ffmpeg", "-version")                              # is it there? Now, not after the training
     config.device = pick_device(config.device)
     if config.dtype == "auto":
         config.dtype = "float16" if config.device.startswith("cuda") else "float32"
 
 
-def latent_grid(config):
-    """Latent (height, width) of the configured size."""
+def grids(config):
+    """((width, height) in pixels, (H, W) in latents) of the configured size. UserError: it cannot be."""
     with built_from(f"{config.model}: vae/config.json"):
         factor = 2 ** (len(model_config(config.model, "vae").get("block_out_channels", (64,))) - 1)
-    width, height = config.width_height
-    if width % factor or height % factor:
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", config.size)
+    width, height = map(int, size.groups()) if size else (0, 0)
+    if not size or width % factor or height % factor:
         near = "x".join(str(max(1, round(n / factor)) * factor) for n in (width, height))
-        raise UserError(f"--size {config.size}: both numbers must be multiples of {factor} for this model; "
-                        f"{near} is near")
-    return height // factor, width // factor
+        raise UserError(f"--size {config.size}: give it as WIDTHxHEIGHT, both multiples of {factor} for this "
+                        f"model, such as {near if size else '576x320'}")
+    return (width, height), (height // factor, width // factor)
 
 
 def describe(config, motion):
@@ -2429,11 +2297,12 @@ def set_aside(out, in_use):
         tempfile.TemporaryFile(dir=out).close()
         if not (out / "run.json").is_file():
             return
-        listed = read_json(out / "run.json").get("files", [])
         older = next(out / f"previous-{n}" for n in range(1, 10**6) if not (out / f"previous-{n}").exists())
         older.mkdir()
-        for path in [out / Path(str(name)).name for name in [*listed, "run.json"]]:
-            if path.is_file() and not any(other and path.samefile(other) for other in in_use):
+        # By their names alone: a record that was tampered with cannot move files from elsewhere.
+        for name in [*read_json(out / "run.json").get("files", []), "run.json"]:
+            path = out / Path(str(name)).name
+            if path.is_file() and path.resolve() not in in_use:
                 os.replace(path, older / path.name)
         print(f"the earlier results in {out} are in {older} now")
     except OSError as error:
@@ -2467,7 +2336,7 @@ def learn(config, models, latents, text, settings, place):
     motion = train_motion(models, latents, text, state=state, on_step=keep, **options, **settings)
     for step in config.snapshots:           # a training that was continued may have made them before
         if not place(f"motion-step{step}.safetensors").exists():
-            print(f"no snapshot of step {step}: the training went on from a later step")
+            print(f"no snapshot of step {step}: the training had no such step, or went on from a later one")
     motion.source = source
     motion.save(place("motion.safetensors"))
     with atomic_write(place("loss.png")) as temporary:
@@ -2479,7 +2348,8 @@ def run(config):
     """The main job: train (or load) the reference's motion, sample every prompt, write all to config.out."""
     motion = MotionEmbeddings.load(config.motion) if config.motion else None
     complete(config, motion.source if motion else {})
-    out, grid, seconds, files, reference = Path(config.out), latent_grid(config), {}, [], None
+    (pixels, grid), out, seconds, files = grids(config), Path(config.out), {}, []
+    began = time.perf_counter()
     if motion:
         motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
         motion.debias = config.debias or motion.debias       # --debias wins over the file
@@ -2491,55 +2361,56 @@ def run(config):
     if not (motion.use_mqk or motion.use_mv and config.motion_type == "object"):
         raise UserError("these flags leave nothing of the motion to use: drop --no-mqk, --no-mv or camera")
     if config.video:
-        part = config.start, config.duration
-        reference = read_video(config.video, config.frames, config.width_height, *part)
+        reference = read_video(config.video, config.frames, pixels, config.start, config.duration)
     print(describe(config, motion))
     if config.dry_run:
         return
 
-    @contextlib.contextmanager
     def timed(name):
-        """Adds the seconds of its block to a part of the run."""
-        began = time.perf_counter()
-        yield
-        seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - began, 2)
+        """Adds the seconds since the last call to this part of the run."""
+        nonlocal began
+        began, before = time.perf_counter(), began
+        seconds[name] = round(seconds.get(name, 0) + began - before, 2)
 
     def place(name):
         """The path of a result, which run.json lists."""
         files.append(name)
         return out / name
 
-    def generator(seed):
-        """Random numbers for one purpose; all come from seeds, so equal settings repeat the same frames."""
-        return torch.Generator().manual_seed(seed)
+    models = load_models(config.model, config.device, getattr(torch, config.dtype))
+    motion.check_fits(models.unet)
+    # More steps than the schedule has? Now, not after the training.
+    for steps in (config.sample_steps, INVERT_STEPS)[:1 + (config.noise_prior > 0)]:
+        models.scheduler.timesteps(steps)
+    set_aside(out, {Path(path).resolve() for path in (config.motion, config.video) if path})
+    timed("load")
 
-    with timed("load"):
-        models = load_models(config.model, config.device, getattr(torch, config.dtype))
-        motion.check_fits(models.unet)
-        for steps in (config.sample_steps, INVERT_STEPS):    # more than the schedule has? Now, not later
-            models.scheduler.timesteps(steps)
-        set_aside(out, (config.motion, config.video))
-    with timed("encode"):
-        source, empty, negative, *texts = (encode_prompt(models, [text]) for text in (
-            config.source_prompt or "", "", config.negative_prompt, *config.prompts))
-        if reference is not None:            # one sample for every seed, so that --seeds and --seed agree
-            latents = encode_video(models, to_model_range(reference), generator(1_000_000))
-    state = None
+    # All randomness comes from seeds, so equal settings repeat the same frames.
+    source, empty, negative, *texts = (encode_prompt(models, [text]) for text in (
+        config.source_prompt or "", "", config.negative_prompt, *config.prompts))
+    if config.video:                         # one sample for every seed, so that --seeds and --seed agree
+        drawn = torch.Generator().manual_seed(1_000_000)
+        latents = encode_video(models, to_model_range(reference), drawn)
+    timed("encode")
+
+    losses = state = None
     if config.motion:
         motion.to(models.device)
     else:
-        with timed("train"):
-            motion, state = learn(config, models, latents, source, settings, place)
-    losses = None if config.motion else motion.losses.tolist()
+        motion, state = learn(config, models, latents, source, settings, place)
+        losses = motion.losses.tolist()
     motion.use_mv &= config.motion_type == "object"
-    if config.noise_prior > 0:
-        with timed("invert"):
-            inverted = ddim_invert(models, latents, empty, INVERT_STEPS)
+    timed("train")
 
-    shown = [] if reference is None else [("reference", reference)]
+    if config.noise_prior > 0:
+        inverted = ddim_invert(models, latents, empty, INVERT_STEPS)
+    timed("invert")
+
+    shown = [("reference", reference)] if config.video else []
     rows, shape = list(shown), (1, models.unet.conv_in.in_channels, config.frames, *grid)
     for seed in range(config.seed, config.seed + config.seeds):
-        noise = torch.randn(shape, generator=generator(2_000_000 + seed)).to(models.device)
+        drawn = torch.Generator().manual_seed(2_000_000 + seed)
+        noise = torch.randn(shape, generator=drawn).to(models.device)
         if config.noise_prior > 0:
             noise = blend_noise(inverted, noise, config.noise_prior)
         for n, (prompt, text) in enumerate(zip(config.prompts, texts), 1):
@@ -2547,18 +2418,19 @@ def run(config):
             if config.seeds > 1:
                 name, prompt = f"{name}-seed{seed}", f"{prompt} (seed {seed})"
             for title, learned in [(prompt, motion), ("same seed, no embeddings", None)][:1 + config.compare]:
-                with timed("sample"):        # one after the other, to save memory
-                    latent = sample(models, noise, text, negative, config.sample_steps, config.guidance,
-                                    learned)
-                    clips.append((title, to_uint8(decode_video(models, latent)[0])))
-            with timed("write"):
-                write_video(place(f"{name}.{config.format}"), clips[0][1], config.fps)
-                labels, videos = zip(*shown, *clips)
-                beside = place(f"{name}-compare.{config.format}")
-                write_video(beside, side_by_side(videos, labels), config.fps)
-                rows += clips
-    with timed("write"), atomic_write(place("sheet.png")) as temporary:
+                # One after the other, to save memory.
+                latent = sample(models, noise, text, negative, config.sample_steps, config.guidance, learned)
+                clips.append((title, to_uint8(decode_video(models, latent)[0])))
+            timed("sample")
+            write_video(place(f"{name}.{config.format}"), clips[0][1], config.fps)
+            labels, videos = zip(*shown, *clips)
+            beside = place(f"{name}-compare.{config.format}")
+            write_video(beside, side_by_side(videos, labels), config.fps)
+            rows += clips
+            timed("write")
+    with atomic_write(place("sheet.png")) as temporary:
         contact_sheet(rows).save(temporary)
+    timed("write")
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
     used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
     untrained = dict.fromkeys(TRAINING) if config.motion else {}
@@ -2566,17 +2438,12 @@ def run(config):
         temporary.write_text(json.dumps(dict(
             config={**dataclasses.asdict(config), **untrained, **used, "seed": config.seed},
             files=sorted(set(files)), invert_steps=INVERT_STEPS, seconds=seconds, losses=losses,
-            peak_cuda_bytes=peak,
-            embedding_parameters=sum(p.numel() for p in motion.parameters()),
+            peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__)), indent=1))
     if state:
         state.unlink(missing_ok=True)                        # only now: an interrupted sampling needs it, too
     print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, {out}/sheet.png")
-
-
-OUT_OF_MEMORY = ("out of memory: take fewer --frames or a smaller --size, "
-                 "and if it was in training, --checkpointing")
 
 
 def guarded(job):
@@ -2592,12 +2459,13 @@ def guarded(job):
     except KeyboardInterrupt:
         message = ("interrupted; a training is kept, but for its last few steps: "
                    "run the same command again and it goes on from there")
-    except (MemoryError, torch.OutOfMemoryError):
-        message = OUT_OF_MEMORY
-    except RuntimeError as error:           # what the CPU's allocator and CUDA's libraries say out of memory
-        if "allocate memory" not in str(error) and "ALLOC_FAILED" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class for it, but not for what the CPU's allocator and CUDA's libraries say.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "allocate memory" not in str(error) and "ALLOC_FAILED" not in str(error):
             raise
-        message = OUT_OF_MEMORY
+        message = ("out of memory: take fewer --frames or a smaller --size, "
+                   "and if it was in training, --checkpointing")
     print(f"\nerror: {message}", file=sys.stderr)
     return 2
 

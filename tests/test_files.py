@@ -81,19 +81,19 @@ def entry(begin=0, end=16, dtype="F32", shape=(4,)):
 
 
 @pytest.mark.parametrize("header, match", [
-    ({"x": entry(dtype="F4")}, "unknown dtype F4"),
+    ({"x": entry(dtype="F4")}, "F4"),
     ({"x": entry(dtype=["F32"])}, "damaged"),
-    ({"x": entry(shape=(5,))}, "cannot hold shape"),
-    ({"x": entry(shape=(-2, -2))}, "cannot hold shape"),
+    ({"x": entry(shape=(5,))}, r"0 to 16, after 0, for \[5\] of F32"),
+    ({"x": entry(shape=(-2, -2))}, "damaged"),
     ({"x": entry(0, 0, shape=(0, 2**70))}, "damaged"),
-    ({"x": entry(shape=(2**40, 2**40))}, "cannot hold shape"),
+    ({"x": entry(shape=(2**40, 2**40))}, "0 to 16, after 0, for"),
     ({"x": entry(shape="4")}, "damaged"),
-    ({"x": entry(4, 20)}, "overlap"),
-    ({"x": entry(-16, 0)}, "overlap"),
-    ({"x": entry(0, 8, shape=(2,)), "y": entry(4, 16, shape=(3,))}, "overlap"),
-    ({"x": entry(0, 8, shape=(2,)), "y": entry(12, 16, shape=(1,))}, "gap"),
-    ({"x": entry(0, 32, shape=(8,))}, "outside"),
-    ({"x": entry(0, 8, shape=(2,))}, "belong to no tensor"),
+    ({"x": entry(4, 20)}, "4 to 20, after 0"),
+    ({"x": entry(-16, 0)}, "-16 to 0, after 0"),
+    ({"x": entry(0, 8, shape=(2,)), "y": entry(4, 16, shape=(3,))}, "4 to 16, after 8"),
+    ({"x": entry(0, 8, shape=(2,)), "y": entry(12, 16, shape=(1,))}, "12 to 16, after 8"),
+    ({"x": entry(0, 32, shape=(8,))}, "damaged"),
+    ({"x": entry(0, 8, shape=(2,))}, "tensors of 8 bytes in 16"),
     ({"x": {"dtype": "F32"}}, "damaged"),
     ({"x": 3}, "damaged"),
     ({"x": entry(), "__metadata__": {"k": 1}}, "no safetensors file"),
@@ -165,8 +165,8 @@ def test_a_checkpoint_that_is_no_dict_of_tensors_is_refused(tmp_path):
     for content in ([torch.ones(1)], {"steps": 3}, torch.ones(2)):
         torch.save(content, tmp_path / "x.pt")
         refused(tmp_path / "x.pt", "dict of tensors")
-    refused(tmp_path / "missing.safetensors", "does not exist")
-    refused(tmp_path, "does not exist or is not a file")
+    refused(tmp_path / "missing.safetensors", "cannot be read .No such file")
+    refused(tmp_path, "cannot be read .Is a directory")
 
 
 def test_read_json(tmp_path):
@@ -255,7 +255,7 @@ def test_a_missing_shard_is_named(tmp_path, tiny_random):
     folder = shutil.copytree(tiny_random / "unet", tmp_path / "unet")
     rewrite(folder, "sharded")
     next(folder.glob("*-00002-*")).unlink()
-    with pytest.raises(mini_mi.UserError, match="00002-of-00003.safetensors does not exist"):
+    with pytest.raises(mini_mi.UserError, match="00002-of-00003.safetensors cannot be read .No such file"):
         mini_mi.load_module(mini_mi.UNet3DConditionModel, folder, "diffusion_pytorch_model", "cpu", torch.float32)
 
 
@@ -291,6 +291,6 @@ def test_unknown_fields_are_ignored_and_known_ones_are_not(tmp_path):
     config = mini_mi.read_config("x", dict(width=8, magic=True, rate=1, other=[3], _private=0), fields, dict(kind=("a",)))
     assert vars(config) == dict(width=8, kind="a", parts=(1, 2), rate=1, other=[3])
     for bad, match in ((dict(kind="b"), "kind = b is not implemented"), (dict(width="8"), "width = '8'"),
-                       (dict(parts=3), "parts = 3"), (dict(rate=[1]), "rate")):
+                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate")):
         with pytest.raises(mini_mi.UserError, match=match):
             mini_mi.read_config("x", bad, fields, dict(kind=("a",)))

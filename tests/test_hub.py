@@ -223,10 +223,29 @@ def test_no_network_fails_at_once(hub, monkeypatch):
 
 
 def test_full_disk_and_unwritable_cache(hub, tmp_path, monkeypatch):
-    usage = collections.namedtuple("usage", "free")
+    """One line; what fitted is kept, and goes on when there is room."""
+    class Full:
+        """A file on a disk with room for half of it."""
+
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def write(self, block):
+            self.file.write(block[:1 << 19])
+            raise OSError(28, "No space left on device")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
     with monkeypatch.context() as patch:
-        patch.setattr(mini_mi.shutil, "disk_usage", lambda folder: usage(1000))
-        refused("disk is too full for model.bin: 1 MB to come")
+        patch.setattr(mini_mi, "open", Full, raising=False)
+        refused("cannot write .*model.bin .No space left on device.: make room")
+    assert leftovers(tmp_path) == [f".model.bin.{SHA256}.part"]
+    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
+    assert hub.requests[-1].range == "bytes=524288-"
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     refused("cannot write .*HF_HOME")

@@ -473,7 +473,7 @@ def test_gradients_stop_at_the_first_injected_layer(unet):
     hooks = [unet.get_submodule(name).register_forward_hook(
                  lambda module, args, out, name=name: seen.update({name: out.requires_grad}))
              for name in ("transformer_in", "down_blocks.0.attentions.0", "down_blocks.0.temp_attentions.0",
-                          "mid_block")]
+                          "mid_block.resnets.0")]
     unet(x, t, text, motion).sum().backward()
     for hook in hooks:
         hook.remove()

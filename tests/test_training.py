@@ -231,7 +231,7 @@ def test_lora_by_hand(models, clip):
         hooks = [unet.get_submodule(name).register_forward_hook(
             lambda layer, inputs, out, a=a, b=b: out + inputs[0] @ a.T @ b.T)
             for name, a, b in zip(names, lora.a, lora.b) if not name.endswith("net.0.proj")]
-        for name, a, b in zip(names, lora.a, lora.b):           # GEGLU takes its weight and is never called
+        for name, a, b in zip(names, lora.a, lora.b):           # the first of GEGLU's two is never called
             if name.endswith("net.0.proj"):
                 unet.get_submodule(name).weight.copy_(unet.get_submodule(name).weight + b @ a)
         assert len(hooks) == 11 * 4
