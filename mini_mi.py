@@ -2097,7 +2097,7 @@ def loss_curve(losses):
 
 # What a model was trained for; options that are not given take these.
 MODEL_DEFAULTS = {
-    "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.1, batch=2, sample_steps=25, guidance=1.5),
+    "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.02, batch=2, sample_steps=25, guidance=1.5),
     "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, batch=1, sample_steps=30,
                   guidance=12.0),                            # the paper's
 }
