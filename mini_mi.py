@@ -470,8 +470,7 @@ def unet_settings(config):
         raise UserError("UNet config: up_block_types must mirror down_block_types, with one entry of "
                         "block_out_channels for each level")
     if "CrossAttnDownBlock3D" not in c.down_block_types:
-        raise UserError("UNet config: no level has attention, "
-                        "so there is no temporal attention to put motion into")
+        raise UserError("UNet config: no level has attention, so there is no place for motion")
     return c
 
 
@@ -516,11 +515,10 @@ class UNet3DConditionModel(nn.Module):
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
         for i in reversed(range(n)):
-            rows = []
-            for _ in range(c.layers_per_block + 1):
-                rows.append((before + skips.pop(), widths[i]))
-                before = widths[i]
+            rows = [(c_in + skips.pop(), c_out)                     # a skip is concatenated to what comes in
+                    for c_in, c_out in level_rows(before, widths[i], c.layers_per_block + 1)]
             self.up_blocks.append(UNetBlock3D(rows, c, len(rows) * attention[i], upsample=i > 0))
+            before = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
@@ -703,12 +701,11 @@ class TemporalConvLayer(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        def stage(*dropout):
-            """One of the four: norm at key 0, convolution at 2 or 3."""
-            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
-                                 TemporalConv(channels, channels))
         # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
-        self.conv1, self.conv2, self.conv3, self.conv4 = stage(), *(stage(nn.Dropout(0.1)) for _ in range(3))
+        for n in range(1, 5):
+            dropout = [nn.Dropout(0.1)] if n > 1 else []
+            self.add_module(f"conv{n}", nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
+                                                      TemporalConv(channels, channels)))
         # A layer that starts as the identity lets a video model begin as the picture model that it was.
         nn.init.zeros_(self.conv4[-1].weight)
         nn.init.zeros_(self.conv4[-1].bias)
@@ -727,20 +724,19 @@ def to_plane(x, frames):
 class Transformer(nn.Module):
     """What both kinds share: norm, a linear layer in, one block of the kind, a linear layer out."""
 
-    def __init__(self, channels, heads, c):
+    def __init__(self, channels, heads, c, block, *text_width):
         super().__init__()
         width = heads * c.attention_head_dim
         self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
-        self.transformer_blocks = nn.ModuleList([self.block(width, heads, c)])
+        self.transformer_blocks = nn.ModuleList([block(width, heads, c.attention_head_dim, *text_width)])
 
 
 class Transformer2DModel(Transformer):
     """Transformer over the H*W positions of every frame, (B*F,C,H,W) -> the same; text (B,L,D)."""
 
-    def block(self, width, heads, c):
-        """Its block, below."""
-        return SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)
+    def __init__(self, channels, heads, c):
+        super().__init__(channels, heads, c, SpatialTransformerBlock, c.cross_attention_dim)
 
     def forward(self, x, text):
         hidden = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))                   # (B*F, H*W, C)
@@ -751,9 +747,8 @@ class Transformer2DModel(Transformer):
 class TransformerTemporalModel(Transformer):
     """Transformer over the F frames of every position, (B*F,C,H,W) -> the same."""
 
-    def block(self, width, heads, c):
-        """Its block, in THE PAPER."""
-        return TemporalTransformerBlock(width, heads, c.attention_head_dim)
+    def __init__(self, channels, heads, c):
+        super().__init__(channels, heads, c, TemporalTransformerBlock)
 
     def forward(self, x, frames, motion=None):
         hidden = self.norm(to_plane(x, frames)).permute(0, 3, 2, 1).contiguous()         # (B, H*W, F, C)
@@ -900,7 +895,7 @@ class VAEAttention(Attention):
 
 class VAEBlock(nn.Module):
     """A level of encoder or decoder: resnets, in the middle level attention after the first, then the change
-    of size if there is one (Downsample2D or Upsample2D). (N,C,H,W) -> (N,C_out,H',W')."""
+    of size, if any. (N,C,H,W) -> (N,C_out,H',W')."""
 
     def __init__(self, rows, groups, attention=False, downsample=False, upsample=False):
         super().__init__()
@@ -947,9 +942,6 @@ class VAEHalf(nn.Module):
 class AutoencoderKL(nn.Module):
     """Pictures <-> latents, 2**(levels-1) times smaller in h and w. Source: diffusers' AutoencoderKL.
 
-    encode: (B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W)
-    decode: z (B,C,H,W) -> (B,3,h,w)
-
     The latents here are unscaled; the diffusion model sees them times `scaling_factor`.
     """
 
@@ -966,8 +958,7 @@ class AutoencoderKL(nn.Module):
             shift_factor=(None,), latents_mean=(None,), latents_std=(None,), use_quant_conv=(True,),
             use_post_quant_conv=(True,)))
         if not len(c.block_out_channels) == len(c.down_block_types) == len(c.up_block_types):
-            raise UserError("autoencoder config: block_out_channels and the two block type lists "
-                            "differ in length")
+            raise UserError("autoencoder config: block_out_channels and the block types differ in length")
         self.scaling_factor = c.scaling_factor
         self.factor = 2 ** (len(c.block_out_channels) - 1)                              # h / H
         self.encoder = VAEHalf(c, c.in_channels, 2 * c.latent_channels, encoder=True)
@@ -976,7 +967,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
 
     def encode(self, x):
-        """(B,3,h,w) -> mean (B,C,H,W), logvar (B,C,H,W) clamped to [-30, 20]"""
+        """(B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W); logvar clamped to [-30, 20]."""
         # Channels last, here and in `decode`: a third less time on a CPU.
         x = x.contiguous(memory_format=torch.channels_last)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
@@ -1001,46 +992,31 @@ def to_uint8(video):
 # Text encoder: the text tower of CLIP (Radford et al., arXiv 2103.00020)
 # ------------------------------------------------------------------------------------------------------------
 
-def quick_gelu(x):
-    """OpenAI CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"gelu": nnf.gelu, "quick_gelu": quick_gelu}
-
-
-class CLIPAttention(nn.Module):
-    """Multi-head self-attention with biases on (B,L,D); `causal`: a token sees itself and those before."""
-
-    def __init__(self, width, heads, causal):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for f in (self.q_proj, self.k_proj, self.v_proj))
-        x = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)          # (B, heads, L, D/heads)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+# OpenAI's CLIP approximates GELU; later ones have the exact one.
+ACTIVATIONS = {"gelu": nnf.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Pre-norm transformer layer on (B,L,D). CLIP's towers are stacks of it; only text is causal.
-
-    The vision tower, which judges results, is in eval_mi.py.
+    """Pre-norm transformer layer on (B,L,D). CLIP's towers are stacks of it; only text is causal: a token
+    sees itself and those before. The vision tower, which judges results, is in eval_mi.py.
     """
 
     def __init__(self, c, causal):
         super().__init__()
-        self.self_attn = CLIPAttention(c.hidden_size, c.num_attention_heads, causal)
+        self.heads, self.causal, self.activation = c.num_attention_heads, causal, ACTIVATIONS[c.hidden_act]
+        self.self_attn = nn.ModuleDict({name: nn.Linear(c.hidden_size, c.hidden_size)
+                                        for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
                                   "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
-        self.activation = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
+        normed, attention = self.layer_norm1(x), self.self_attn
+        q, k, v = (f(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        seen = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)       # (B, heads, L, D/heads)
+        x = x + attention.out_proj(seen.transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
@@ -1066,9 +1042,8 @@ class CLIPTextTransformer(nn.Module):
 class CLIPTextModel(nn.Module):
     """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
 
-    All L states go to cross-attention and nothing masks the padding, so the pad token is part of the
-    conditioning.
-    Source: transformers' CLIPTextModel, whose keys these are.
+    All L states go to cross-attention and nothing masks the padding: the pad token is part of the
+    conditioning. Source: transformers' CLIPTextModel, whose keys these are.
     """
 
     def __init__(self, config):
@@ -1095,8 +1070,7 @@ def encode_prompt(models, prompts):
 
 def byte_alphabet():
     """256 printable characters, one per byte: BPE merges are text, and a raw byte may not be printable."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     shifted = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(shifted)}}
 
@@ -1115,19 +1089,16 @@ class CLIPTokenizer:
         self.rank = {pair: n for n, pair in enumerate(merges)}  # (left, right) -> priority, 0 is merged first
         self.alphabet = byte_alphabet()
         self.noticed = set()                                    # prompts of which a cut was already reported
-        names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-                 "pad_token": "<|endoftext|>"}
-        names.update({k: v for k, v in (special or {}).items() if k in names})
+        names = [(special or {}).get(f"{use}_token", "<|startoftext|>" if use == "bos" else "<|endoftext|>")
+                 for use in ("bos", "eos", "unk", "pad")]
         # an entry is either the token itself or a dict that describes it
-        names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items()}
-        missing = sorted({t for t in names.values() if t not in vocab})
-        if missing:
+        names = [name["content"] if isinstance(name, dict) else name for name in names]
+        if missing := sorted(set(names) - vocab.keys()):
             raise UserError(f"tokenizer: special tokens {missing} are not in its vocabulary")
-        self.bos, self.eos, self.unk, self.pad = (
-            vocab[names[f"{k}_token"]] for k in ("bos", "eos", "unk", "pad"))
+        self.bos, self.eos, self.unk, self.pad = (vocab[name] for name in names)
         # Special tokens are cut out of the text before BPE sees it. In SD 2 the pad token is "!", so "wow!!!"
         # ends in three tokens "!" and not in the one BPE token "!!!".
-        self.special = {t: vocab[t] for t in sorted(set(names.values()), key=len, reverse=True)}
+        self.special = {t: vocab[t] for t in sorted(set(names), key=len, reverse=True)}
         self.special_pattern = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
 
     @classmethod
@@ -1141,13 +1112,13 @@ class CLIPTokenizer:
         if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             whole = read_json(folder / "tokenizer.json")
             vocab = {**whole["model"]["vocab"], **{t["content"]: t["id"] for t in whole["added_tokens"]}}
-            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in whole["model"]["merges"]]
+            merges = whole["model"]["merges"]                           # each "left right" or [left, right]
         else:
             vocab = read_json(folder / "vocab.json")
             with built_from(folder / "merges.txt"):
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split()) for line in lines
-                      if line.strip() and not line.startswith("#version")]
+            merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+        merges = [tuple(m.split() if isinstance(m, str) else m) for m in merges]
         told = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             told.update(read_json(folder / name) if (folder / name).is_file() else {})
@@ -1171,21 +1142,17 @@ class CLIPTokenizer:
             pair = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, math.inf))
             if pair not in self.rank:
                 break
-            merged, i = [], 0
-            while i < len(parts):
-                join = i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair
-                merged.append("".join(pair) if join else parts[i])
-                i += 2 if join else 1
-            parts = merged
+            for i in range(len(parts)):          # left to right; the list becomes shorter with every join
+                if tuple(parts[i:i + 2]) == pair:
+                    parts[i:i + 2] = ["".join(pair)]
         return [self.vocab.get(p, self.unk) for p in parts]
 
     def encode(self, text):
         """Token ids of one string, L - 2 at most, without start, end and padding. Says what it cuts off."""
         ids, cut = [], []
         for piece in self.special_pattern.split(self.clean(text)):
-            special = [self.special[piece]] if piece in self.special else None
-            for word in [piece] if special else self.WORDS.findall(piece):
-                ids += special or self.bpe(word)
+            for word in [piece] if piece in self.special else self.WORDS.findall(piece):
+                ids += [self.special[word]] if word in self.special else self.bpe(word)
                 if len(ids) > self.length - 2:
                     cut.append(word)
         if cut and text not in self.noticed:
@@ -1239,21 +1206,21 @@ def read_motion_file(path):
         about = json.loads(metadata.get("mini_mi", "{}"))
         # In files of the first edition "fixed_slots" marks what came from a file of the authors.
         frames = None if about.get("fixed_slots") else about.get("frames")
-        grids = {block(key): about.get("grids", {}).get(block(key)) for key in tensors}
-        grids = {name: grid and tuple(grid) for name, grid in grids.items()}
+        grids = {}
         for key, m in tensors.items():
-            grid = grids[block(key)]
-            if m.dim() != 3 or len(m) not in (1, math.prod(grid) if grid else len(m)):
-                raise UserError(f"{key} has the shape {tuple(m.shape)}, which does not fit the grid {grid}")
-            if frames not in (None, m.shape[1]):
-                raise UserError(f"{key} has {m.shape[1]} frames and not {frames}")
+            grid = about.get("grids", {}).get(block(key))
+            grids[block(key)] = grid = grid and tuple(grid)
+            if (m.dim() != 3 or len(m) not in (1, math.prod(grid) if grid else len(m))
+                    or frames not in (None, m.shape[1])):
+                raise UserError(f"{key} has the shape {tuple(m.shape)}, which does not fit "
+                                f"{frames or 'any number of'} frames on the grid {grid}")
             if not m.isfinite().all():
                 raise UserError(f"{key} has values that are not finite; train the motion again")
-        settings = {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
-        for name, end in (("use_mqk", "pos_embed"), ("use_mv", "vSpatial")):
-            settings.setdefault(name, any(key.endswith(end) for key in tensors))
-        return tensors, dict(frames=frames, grids=grids, source=dict(about.get("source", {})),
-                             settings=settings)
+        settings = dict(use_mqk=any(key.endswith("pos_embed") for key in tensors),
+                        use_mv=any(key.endswith("vSpatial") for key in tensors))
+        settings |= {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
+        source = dict(about.get("source", {}))
+        return tensors, dict(frames=frames, grids=grids, source=source, settings=settings)
 
 
 def save_state(path, parts, generator, losses):
@@ -1270,10 +1237,7 @@ def save_state(path, parts, generator, losses):
 
 
 def load_state(path, parts, generator, steps):
-    """Puts a saved training of at most `steps` into `parts`, in place; returns its losses.
-
-    UserError: the file is damaged, of another kind of training, or further than it should be.
-    """
+    """Puts a saved training of at most `steps` into `parts`, in place; returns its losses, else UserError."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         if saved.keys() != {*parts, "generator", "losses"}:
@@ -1333,11 +1297,11 @@ def built_from(path, problem="cannot be used"):
     """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, UserError) and str(path) in str(error):
+    except UserError as error:
+        if str(path) in str(error):
             raise                                               # a file in this folder is named already
-        if isinstance(error, UserError):
-            raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         if getattr(error, "strerror", None):                                 # the file system's own errors
             problem, reason = "cannot be read", error.strerror
@@ -1359,22 +1323,18 @@ def read_json(path):
 def read_config(kind, config, fields, implemented=None):
     """The settings of one model as a namespace: the reference library's defaults, overridden by `config`.
 
-    kind         what the config describes, for messages
-    config       dict, as `json.load` gives it; unknown fields are ignored: what would add weights is caught
-                 by the strict load
-    fields       dict, field -> default of diffusers or transformers; None says nothing of its kind
-    implemented  dict, field -> the values that this file implements; any other value is a UserError
+    Unknown fields of the dict are ignored: what would add weights is caught by the strict load.
+    fields       {field: default of diffusers or transformers}; None says nothing of its kind
+    implemented  {field: the values that this file implements}; any other value is a UserError
     """
     settings = {field: config.get(field, default) for field, default in fields.items()}
-    for field, allowed in (implemented or {}).items():
-        values = settings[field] if isinstance(settings[field], (list, tuple)) else [settings[field]]
-        if any(value not in allowed for value in values):
-            raise UserError(f"{kind} config: {field} = {settings[field]} is not implemented; "
-                            f"it takes {allowed}")
-    # Most values of the wrong kind fail where the part is built, see built_from; a number may fail at use.
-    for field, default in fields.items():
-        value, number = settings[field], type(default) in (int, float)
-        wrong = isinstance(default, tuple) and not isinstance(value, (list, tuple))
+    for field, value in settings.items():
+        default, values = fields[field], value if isinstance(value, (list, tuple)) else [value]
+        allowed = (implemented or {}).get(field, values)
+        if any(one not in allowed for one in values):
+            raise UserError(f"{kind} config: {field} = {value} is not implemented, only {allowed}")
+        # Most values of the wrong kind fail where the part is built, see built_from; numbers may fail at use.
+        number, wrong = type(default) in (int, float), isinstance(default, tuple) and values is not value
         if wrong or number and not (isinstance(value, (int, float)) and (value > 0 or value >= default)):
             raise UserError(f"{kind} config: {field} = {value!r} cannot be; a usual value is {default!r}")
     return SimpleNamespace(**settings)
@@ -1452,7 +1412,6 @@ def save_safetensors(path, tensors, metadata=None):
 # ------------------------------------------------------------------------------------------------------------
 # Loading a checkpoint: a folder in diffusers layout
 # ------------------------------------------------------------------------------------------------------------
-
 ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
 # The parts with weights, and what their files are called before ".safetensors" or ".bin".
 PARTS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
@@ -1528,8 +1487,7 @@ def load_module(build, folder, stem, device, dtype):
     if missing or extra or wrong:
         raise UserError(f"{path} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
                         f"{len(extra)} unknown {extra[:2]}, {len(wrong)} of another shape {wrong[:2]}")
-    bad = next((name for name, v in tensors.items() if not v.isfinite().all()), None)
-    if bad:
+    if bad := next((name for name, v in tensors.items() if not v.isfinite().all()), None):
         raise UserError(f"{path} has values that are not finite in {bad}; get the file again")
     module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
     parameters = sum(v.numel() for v in tensors.values())
@@ -1581,9 +1539,7 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
 # ------------------------------------------------------------------------------------------------------------
 # Hub: {endpoint}/{repo}/resolve/{revision}/{file}; resumed, verified, cached
 # ------------------------------------------------------------------------------------------------------------
-NETWORK_ERRORS = (
-    urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
-)
+NETWORK_ERRORS = ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException, ssl.SSLError
 
 
 class NotOnHub(UserError):
@@ -1591,10 +1547,7 @@ class NotOnHub(UserError):
 
 
 class HubRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, notes what the hub says of a file, and leaves the token with the hub's host.
-
-    Hash and size come with the redirect to a storage host, not from there (X-Linked-Etag, X-Linked-Size).
-    """
+    """Follows redirects; the token stays with the hub's host; hash and size come with the first answer."""
     linked = None
 
     def redirect_request(self, request, answer, code, message, headers, url):
@@ -1732,7 +1685,7 @@ def _fetch_first(repo, part, choices):
     """Folder `part` of a repository, with the first of `choices` (tuples of names) that it has whole."""
     folder, absent = repo_cache(repo)[1] / part, None
     # What is there already, in whatever form, goes before anything that would have to be fetched.
-    for names in sorted(choices, key=lambda names: not (folder / names[0]).is_file()):
+    for names in sorted(choices, key=lambda names: not (folder / names[-1]).is_file()):
         try:
             for name in names:
                 for file in shards(fetch(repo, (Path(part) / name).as_posix())):
@@ -1745,19 +1698,17 @@ def _fetch_first(repo, part, choices):
 
 def fetch_weights(repo, part, stem):
     """Folder with config.json and weights of one part ("" is the repository's root), see weight_names."""
-    _fetch_first(repo, part, [("config.json",)])
-    return _fetch_first(repo, part, [(name,) for name in weight_names(stem)])
+    return _fetch_first(repo, part, [("config.json", name) for name in weight_names(stem)])
 
 
 def fetch_tokenizer(repo, part):
     """Folder with the tokenizer of one part ("" is the repository's root): the files of either generation."""
     folder = _fetch_first(repo, part, [("vocab.json", "merges.txt"), ("tokenizer.json",)])
-    # Nobody can say offline which optional files there are. The config is fetched last: where it is, the
-    # others have been asked for.
+    # Both are optional. Where the config is, which is fetched last, the other has been asked for.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / "tokenizer_config.json").is_file():
             with contextlib.suppress(NotOnHub):
-                _fetch_first(repo, part, [(name,)])
+                fetch(repo, (Path(part) / name).as_posix())
     return folder
 
 
@@ -1771,8 +1722,8 @@ def fetch_model(repo):
 
 # ------------------------------------------------------------------------------------------------------------
 # Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else.
-# Each kind is opened as (times, get): when its stored frames begin, and the end, as Fractions of seconds from
-# 0; and get(indices), the list of these frames as (h,w,3) uint8 of the wanted size
+# Each reader knows when its stored frames begin, and the end, as Fractions of seconds from 0. It asks
+# choose(times) for their indices and returns these frames, each (h,w,3) uint8 of the wanted size
 # ------------------------------------------------------------------------------------------------------------
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_STARTS = (b"GIF8", b"\x89PNG", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")  # content, not suffix
@@ -1805,9 +1756,13 @@ def choose_frames(times, frames, start, duration):
     return [shown(begin + (stop - begin) * (2 * i + 1) / (2 * frames)) for i in range(frames)]
 
 
+@contextlib.contextmanager
 def open_picture(path):
     """A picture file, opened by PIL. A closed list of formats: others may start programs (EPS)."""
-    return Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF"))
+    with built_from(path, "is damaged, truncated or no video or picture"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)       # PIL would only warn of some
+        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")) as image:
+            yield image
 
 
 def on_white(image):
@@ -1834,38 +1789,32 @@ def fit(image, size):
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
 
 
-def open_animation(path, size):
-    """(times, get) of a GIF, WebP or APNG. A frame held for k times the shortest duration counts as k.
+def read_animation(path, size, choose):
+    """Frames of a GIF, WebP or APNG. One that is held for k times the shortest duration counts as k.
 
     Writers merge equal neighbours into one longer frame; undone here, in ticks of the shortest.
     """
-    image = open_picture(path)
-    # An APNG may begin with a still for old viewers that is no part of the clip.
-    first, lasts = int(bool(image.info.get("default_image"))), []
-    for index in range(first, getattr(image, "n_frames", 1)):
-        image.seek(index)
-        image.load()
-        lasts.append(Fraction(image.info.get("duration") or 100) / 1000)     # 0 means "as usual"
-    owners, times = [], [Fraction(0)]
-    for index, last in enumerate(lasts, first):
-        ticks = max(1, round(last / min(lasts)))
-        owners += [index] * ticks
-        times += [times[-1] + last * k / ticks for k in range(1, ticks + 1)]
-
-    def get(indices):
-        """The frames that are on the screen in these ticks."""
-        frames = []
-        for index in indices:
-            image.seek(owners[index])
+    with open_picture(path) as image:
+        # An APNG may begin with a still for old viewers that is no part of the clip.
+        first, lasts = int(bool(image.info.get("default_image"))), []
+        for index in range(first, getattr(image, "n_frames", 1)):
+            image.seek(index)
+            image.load()
+            lasts.append(Fraction(image.info.get("duration") or 100) / 1000)     # 0 means "as usual"
+        owners, times, frames = [], [Fraction(0)], []
+        for index, last in enumerate(lasts, first):
+            ticks = max(1, round(last / min(lasts)))
+            owners += [index] * ticks
+            times += [times[-1] + last * k / ticks for k in range(1, ticks + 1)]
+        for tick in choose(times):
+            image.seek(owners[tick])
             frames.append(fit(image, size))
-        return frames
-
-    return times, get
+    return frames
 
 
-def open_folder(path, size):
-    """(times, get) of a folder of pictures in natural order (2.png before 10.png), one a second."""
-    names, sizes = {}, set()
+def read_folder(path, size, choose):
+    """Frames of a folder of pictures in natural order (2.png before 10.png), one a second."""
+    names, sizes, frames = {}, set(), []
     for picture in path.glob("[!.]*"):
         if picture.suffix.lower() in IMAGE_SUFFIXES:
             # "00000.jpg" and "00000.png", or "7.png" and "7_mask.png": a picture and its mask.
@@ -1874,22 +1823,16 @@ def open_folder(path, size):
             if twin is not picture:
                 raise UserError(f"two pictures of one number, {twin.name} and {picture.name}: "
                                 "put masks into a folder of their own")
-            with built_from(picture, "is damaged or no picture"), open_picture(picture) as image:
+            with open_picture(picture) as image:
                 sizes.add(image.size)
     if len(sizes) > 1:
         raise UserError(f"it mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
     pictures = sorted(names.values(), key=lambda picture: [
         int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", picture.name)])
-
-    def get(indices):
-        """These pictures."""
-        frames = []
-        for picture in (pictures[index] for index in indices):
-            with built_from(picture, "is damaged or no picture"), open_picture(picture) as image:
-                frames.append(fit(image, size))
-        return frames
-
-    return [Fraction(n) for n in range(len(pictures) + 1)], get
+    for index in choose([Fraction(n) for n in range(len(pictures) + 1)]):
+        with open_picture(pictures[index]) as image:
+            frames.append(fit(image, size))
+    return frames
 
 
 def call(program, *arguments, data=None):
@@ -1902,8 +1845,8 @@ def call(program, *arguments, data=None):
     return done.returncode == 0, done.stdout, said
 
 
-def open_film(path, size):
-    """(times, get) of a video file, upright, with square pixels, in SDR: one ffprobe, then one ffmpeg."""
+def read_film(path, size, choose):
+    """Frames of a video file, upright, with square pixels, in SDR: one ffprobe, then one ffmpeg."""
     # All packets, but nothing is decoded for that: where the frames are in time.
     fine, probed, said = call(
         "ffprobe", "-fflags", "+genpts", "-select_streams", "V:0", "-of", "json", "-show_entries",
@@ -1925,41 +1868,36 @@ def open_film(path, size):
     last = max(stamps[order[-1]], (order[-1] - order[0]) // max(1, len(order) - 1))
     times = [(stamp - zero) * unit for stamp in [*order, order[-1] + last]]
     hdr = stream.get("color_transfer") in ("smpte2084", "arib-std-b67")
-    width, height = size
-
-    def get(indices):
-        """These frames, decoded by one ffmpeg from the key frame before the first of them on."""
-        # A window around the time of each wanted frame, up to half way to its neighbours.
-        stored, offset = sorted(set(indices)), zero * unit
-        edges = [times[0] - 1, *((a + b) / 2 for a, b in zip(times, times[1:-1])), times[-1]]
-        edges = [f"{float(edge + offset):.6f}" for edge in edges]
-        windows = "+".join(f"between(t,{edges[k]},{edges[k + 1]})" for k in stored)
-        # With -copyts the times are those of ffprobe. The frames are renumbered, so that exactly these arrive
-        # also where the rate varies.
-        command = ["-i", f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf",
-                   f"select='{windows}',settb=1/25,setpts=N,{SDR + ',' if hdr else ''}scale=iw*sar:ih,"
-                   f"setsar=1,scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+"
-                   f"accurate_rnd,format=rgba,crop={width}:{height}",
-                   "-r", "25", "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
-        if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
-            command = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]], *command]
-        start = times[stored[0]] + offset - Fraction(about["format"].get("start_time", "0"))
-        seek = ["-noaccurate_seek", "-ss", f"{max(0.0, float(start)):.6f}"]
-        # In some containers (.ts) one seeks too far. Then it is decoded from the first frame on, as it is
-        # where seeking would save little.
-        for place in (seek, []) if times[stored[0]] > 2 else ([],):
-            fine, film, said = call("ffmpeg", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts", *place,
-                                    *command)
-            if fine and len(film) == len(stored) * width * height * 4:
-                pixels = np.frombuffer(film, np.uint8).reshape(-1, height, width, 4)
-                frames = {k: np.asarray(on_white(Image.fromarray(rgba))) for k, rgba in zip(stored, pixels)}
-                return [frames[k] for k in indices]
-        if hdr and "zscale" in said:
-            raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another "
-                            f"one, ffmpeg -i {path} -vf {SDR} sdr.mp4")
-        raise ValueError(said or "frames are missing")
-
-    return times, get
+    (width, height), indices, offset = size, choose(times), zero * unit
+    stored = sorted(set(indices))
+    # A window around the time of each wanted frame, up to half way to its neighbours.
+    edges = [times[0] - 1, *((a + b) / 2 for a, b in zip(times, times[1:-1])), times[-1]]
+    edges = [f"{float(edge + offset):.6f}" for edge in edges]
+    windows = "+".join(f"between(t,{edges[k]},{edges[k + 1]})" for k in stored)
+    # With -copyts the times are those of ffprobe. The frames are renumbered, so that exactly these arrive
+    # also where the rate varies.
+    filters = (f"select='{windows}',settb=1/25,setpts=N,{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,"
+               f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
+               f"format=rgba,crop={width}:{height}")
+    command = ["-i", f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf", filters,
+               "-r", "25", "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
+    if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
+        command = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]], *command]
+    start = times[stored[0]] + offset - Fraction(about["format"].get("start_time", "0"))
+    # Decoded from the key frame before the first wanted one on. In some containers (.ts) one seeks too far;
+    # then it is decoded from the first frame on, as it is where seeking would save little.
+    seek = ["-noaccurate_seek", "-ss", f"{max(0.0, float(start)):.6f}"]
+    for place in (seek, []) if times[stored[0]] > 2 else ([],):
+        fine, film, said = call(
+            "ffmpeg", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts", *place, *command)
+        if fine and len(film) == len(stored) * width * height * 4:
+            pixels = np.frombuffer(film, np.uint8).reshape(-1, height, width, 4)
+            frames = {k: np.asarray(on_white(Image.fromarray(rgba))) for k, rgba in zip(stored, pixels)}
+            return [frames[k] for k in indices]
+    if hdr and "zscale" in said:
+        raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another "
+                        f"one, ffmpeg -i {path} -vf {SDR} sdr.mp4")
+    raise ValueError(said or "frames are missing")
 
 
 def read_video(path, frames, size, start=0.0, duration=None):
@@ -1969,24 +1907,23 @@ def read_video(path, frames, size, start=0.0, duration=None):
     choose_frames. Each is scaled until it covers `size`, then cropped to the centre; transparent is white.
     UserError: fewer stored frames than that, and everything that cannot be decoded.
     """
-    path, reader = Path(path), open_folder
+    path, reader = Path(path), read_folder
     if frames < 1 or start < 0 or (duration is not None and duration <= 0):
         raise UserError(f"frames ({frames}) at least 1, start ({start}) not below 0, duration above 0")
     if not path.exists():
         raise UserError(f"{path} does not exist: give a video file, a GIF or a folder of images")
-    with built_from(path, "is damaged, truncated or no video"), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)       # PIL would only warn of some
+    with built_from(path, "is damaged, truncated or no video"):
         if path.is_file():
             with open(path, "rb") as file:
                 begin = file.read(12)
-            picture = begin.startswith(IMAGE_STARTS) or begin[:4] + begin[8:] == b"RIFFWEBP"
-            reader = open_animation if picture else open_film
             if not begin:
                 raise UserError("the file is empty")
+            picture = begin.startswith(IMAGE_STARTS) or begin[:4] + begin[8:] == b"RIFFWEBP"
+            reader = read_animation if picture else read_film
         elif start or duration:
             raise UserError("it holds pictures, which have no times: take a folder of those wanted")
-        times, get = reader(path, size)
-        return np.stack(get(choose_frames(times, frames, start, duration)))
+        choose = functools.partial(choose_frames, frames=frames, start=start, duration=duration)
+        return np.stack(reader(path, size, choose))
 
 
 def write_video(path, frames, fps):
@@ -2047,12 +1984,10 @@ def framed(video, width):
 
 def side_by_side(videos, labels):
     """(F,H,W,3) uint8: clips (F,h,w,3) of one size in a row under their labels, enlarged when tiny."""
-    columns = []
-    for video, label in zip(videos, labels, strict=True):
-        video = framed(video, max(192, video.shape[2]))  # a label can be read above 192 pixels
-        strip = caption(label, video.shape[2], 3)
-        columns.append(np.stack([np.concatenate([strip, frame]) for frame in video]))
-    return np.concatenate(columns, axis=2)
+    videos = [framed(video, max(192, video.shape[2])) for video in videos]  # 192 pixels: a label can be read
+    strips = [caption(label, video.shape[2], 3) for label, video in zip(labels, videos, strict=True)]
+    strip = np.concatenate(strips, axis=1)
+    return np.stack([np.concatenate([strip, row]) for row in np.concatenate(videos, axis=2)])
 
 
 def contact_sheet(rows):
@@ -2094,14 +2029,13 @@ def loss_curve(losses):
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
-
 # What a model was trained for; options that are not given take these.
 MODEL_DEFAULTS = {
     "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.02, batch=2, sample_steps=25, guidance=1.5),
     "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, batch=1, sample_steps=30,
                   guidance=12.0),                            # the paper's
 }
-INVERT_STEPS = 50                 # of the DDIM inversion, whatever --sample-steps is: the authors'
+INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
 TRAINING = ("steps", "lr", "batch", "seed", "loss", "checkpointing")  # train_motion's arguments
 
 
@@ -2125,7 +2059,7 @@ class Config:
 
     use_mqk: bool = option(True, "ablation: without the Motion Query-Key embedding", flag="--no-mqk")
     use_mv: bool = option(True, "ablation: without the Motion Value embedding", flag="--no-mv")
-    debias: str = option(None, "how MV loses static appearance at inference (default: diff, or the file's)",
+    debias: str = option(None, "how MV is debiased (default: diff, or the file's)",
                          choices=("diff", "mean", "none"))
     debias_in_training: bool = option(False, "debias MV in training, too (not in the paper)")
     mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
@@ -2215,16 +2149,15 @@ def complete(config, source):
 
     source: of the motion file, or {}. UserError: values that would spoil the run, missing prompts.
     """
-    def fill(values):
-        """Sets what is still None. A value of the wrong kind, from a motion file, counts as absent."""
-        for name, value in values.items():
-            if getattr(config, name) is None and isinstance(value, Config.__annotations__[name]):
-                setattr(config, name, value)
+    def fill(values, *names):
+        """Sets those that are still None. A value of the wrong kind, from a motion file, counts as absent."""
+        for name in names or values:
+            if getattr(config, name) is None and isinstance(values.get(name), Config.__annotations__[name]):
+                setattr(config, name, values[name])
 
     clips = HERE / "data" / "clips"
     if config.motion and not config.video:      # the clip of the training, and read as it was read then
-        fill(dict(video=source.get("video"), start=source.get("start"), duration=source.get("duration"),
-                  source_prompt=source.get("prompt")))
+        fill({**source, "source_prompt": source.get("prompt")}, "video", "start", "duration", "source_prompt")
         if config.noise_prior == 0 and not os.path.exists(config.video or ""):
             config.video = None                                 # only the start noise needs it
         elif not config.video:
@@ -2232,7 +2165,7 @@ def complete(config, source):
                             "give --video, or --noise-prior 0")
     elif not config.video:
         config.video = str(clips / f"{next(iter(read_json(clips / 'clips.json')))}.webp")
-    fill({name: source.get(name) for name in ("model", "frames", "size")})
+    fill(source, "model", "frames", "size")
     fill(dict(model="tiny", start=0.0))
     fill(model_defaults(config.model))
     listing = Path(config.video or clips).parent / "clips.json"
@@ -2273,18 +2206,19 @@ def grids(config):
 
 def describe(config, motion):
     """What a run will do, as lines."""
+    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
     how = f"reuse {config.motion}" if config.motion else (
         f"train {config.steps} steps of {config.batch}, lr {config.lr}, loss {config.loss}")
-    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
     count = sum(p.numel() for p in motion.parameters())
-    return (f"model      {config.model} on {config.device}, {config.dtype}\n"
-            f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}\n"
-            f"clips      {config.frames} frames of {config.size}, {config.fps} per second\n"
-            f"motion     {how}; {parts}, {count:,} embedding parameters, debias {motion.debias}, "
-            f"motion type {config.motion_type}\n"
-            f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
-            f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}\n"
-            + "".join(f"prompt     {p}\n" for p in config.prompts) + f"results    {config.out}/")
+    return "\n".join([
+        f"model      {config.model} on {config.device}, {config.dtype}",
+        f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
+        f"clips      {config.frames} frames of {config.size}, {config.fps} per second, to {config.out}/",
+        f"motion     {how}; {parts}, {count:,} embedding parameters, debias {motion.debias}, "
+        f"motion type {config.motion_type}",
+        f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
+        f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
+        *(f"prompt     {prompt}" for prompt in config.prompts)])
 
 
 def set_aside(out, in_use):
@@ -2310,10 +2244,7 @@ def set_aside(out, in_use):
 
 
 def learn(config, models, latents, text, settings, place):
-    """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file.
-
-    place(name) is the path of a result of that name.
-    """
+    """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
     options = {name: getattr(config, name) for name in TRAINING}
     # The state's name holds what determines the steps that were made, so no run continues another one's. The
     # number of steps is not in it: an interrupted training can be continued to another end. One number of
@@ -2334,13 +2265,13 @@ def learn(config, models, latents, text, settings, place):
             motion.save(place(f"motion-step{step}.safetensors"))
 
     motion = train_motion(models, latents, text, state=state, on_step=keep, **options, **settings)
-    for step in config.snapshots:           # a training that was continued may have made them before
-        if not place(f"motion-step{step}.safetensors").exists():
-            print(f"no snapshot of step {step}: the training had no such step, or went on from a later one")
     motion.source = source
     motion.save(place("motion.safetensors"))
     with atomic_write(place("loss.png")) as temporary:
         loss_curve(motion.losses.tolist()).save(temporary)
+    for step in config.snapshots:           # a training that was continued may have made them before
+        if not place(f"motion-step{step}.safetensors").exists():
+            print(f"no snapshot of step {step}: the training had no such step, or went on from a later one")
     return motion, state
 
 
@@ -2389,16 +2320,13 @@ def run(config):
     source, empty, negative, *texts = (encode_prompt(models, [text]) for text in (
         config.source_prompt or "", "", config.negative_prompt, *config.prompts))
     if config.video:                         # one sample for every seed, so that --seeds and --seed agree
-        drawn = torch.Generator().manual_seed(1_000_000)
-        latents = encode_video(models, to_model_range(reference), drawn)
+        latents = encode_video(models, to_model_range(reference), torch.Generator().manual_seed(1_000_000))
     timed("encode")
 
-    losses = state = None
     if config.motion:
         motion.to(models.device)
     else:
         motion, state = learn(config, models, latents, source, settings, place)
-        losses = motion.losses.tolist()
     motion.use_mv &= config.motion_type == "object"
     timed("train")
 
@@ -2409,39 +2337,40 @@ def run(config):
     shown = [("reference", reference)] if config.video else []
     rows, shape = list(shown), (1, models.unet.conv_in.in_channels, config.frames, *grid)
     for seed in range(config.seed, config.seed + config.seeds):
-        drawn = torch.Generator().manual_seed(2_000_000 + seed)
-        noise = torch.randn(shape, generator=drawn).to(models.device)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(2_000_000 + seed))
+        noise = noise.to(models.device)
         if config.noise_prior > 0:
             noise = blend_noise(inverted, noise, config.noise_prior)
         for n, (prompt, text) in enumerate(zip(config.prompts, texts), 1):
             name, clips = f"{n}-" + re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60], []
             if config.seeds > 1:
                 name, prompt = f"{name}-seed{seed}", f"{prompt} (seed {seed})"
+            # One after the other, to save memory.
             for title, learned in [(prompt, motion), ("same seed, no embeddings", None)][:1 + config.compare]:
-                # One after the other, to save memory.
                 latent = sample(models, noise, text, negative, config.sample_steps, config.guidance, learned)
                 clips.append((title, to_uint8(decode_video(models, latent)[0])))
             timed("sample")
             write_video(place(f"{name}.{config.format}"), clips[0][1], config.fps)
             labels, videos = zip(*shown, *clips)
-            beside = place(f"{name}-compare.{config.format}")
-            write_video(beside, side_by_side(videos, labels), config.fps)
+            write_video(place(f"{name}-compare.{config.format}"), side_by_side(videos, labels), config.fps)
             rows += clips
             timed("write")
     with atomic_write(place("sheet.png")) as temporary:
         contact_sheet(rows).save(temporary)
     timed("write")
-    peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
+
     used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
+    peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
     untrained = dict.fromkeys(TRAINING) if config.motion else {}
+    record = dict(
+        config={**dataclasses.asdict(config), **untrained, **used, "seed": config.seed},
+        losses=None if config.motion else motion.losses.tolist(), seconds=seconds,
+        files=sorted(set(files)), invert_steps=INVERT_STEPS,
+        peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with atomic_write(out / "run.json") as temporary:
-        temporary.write_text(json.dumps(dict(
-            config={**dataclasses.asdict(config), **untrained, **used, "seed": config.seed},
-            files=sorted(set(files)), invert_steps=INVERT_STEPS, seconds=seconds, losses=losses,
-            peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()),
-            versions=dict(python=platform.python_version(), torch=torch.__version__,
-                          numpy=np.__version__)), indent=1))
-    if state:
+        temporary.write_text(json.dumps(record, indent=1))
+    if not config.motion:
         state.unlink(missing_ok=True)                        # only now: an interrupted sampling needs it, too
     print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, {out}/sheet.png")
 

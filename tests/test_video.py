@@ -437,7 +437,7 @@ def test_a_program_in_the_clothes_of_a_picture_is_not_run(tmp_path, monkeypatch)
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "x.gif").rename(folder / "x.png")
-    refused("damaged or no picture", folder, 1, (16, 16))
+    refused("no video or picture", folder, 1, (16, 16))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
