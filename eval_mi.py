@@ -17,7 +17,7 @@ A run can be killed at any time and goes on where it stopped. It leaves, in --ou
 
     report.html  results.md  results.svg  results.json           the answers; the picture is fit for a README
     motions/CLIP-TRAINING-r0-DIGEST.safetensors               trained embeddings, also for mini_mi.py --motion
-    cells/CLIP/VARIANT-p0-s1-DIGEST.npz                          a sampled clip: prompt 0, sampling seed 1
+    cells/CLIP/VARIANT-p0-s1-DIGEST.npz                  a sampled clip: prompt 0 (or "own"), sampling seed 1
     scores/CLIP/VARIANT-p0-s1-DIGEST.npz                         what the judges said about it
 
 A file that exists is not made again. DIGEST stands for everything else that determines it: settings, clip,
@@ -177,7 +177,7 @@ def appearance_leakage(frame_features, reference_features):
     return float((_unit(frame_features) @ _unit(reference_features).T).mean())
 
 
-def attribute_choices(frame_features, candidates):
+def best_text(frame_features, candidates):
     """Which of the candidate texts fits the clip best? The index of the largest mean cosine over frames.
 
     frame_features (F,D), candidates (k,D) -> int. Zero-shot classification as in CLIP (arXiv 2103.00020).
@@ -562,9 +562,12 @@ def fingerprint(*folders):
     """
     total = hashlib.sha256()
     for folder in folders:
-        for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
+        # A downloader's notes in a dot-folder are no part of the model.
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        for name in sorted(name for name in files if not any(part.startswith(".") for part in name.parts)):
+            path = folder / name
             size = path.stat().st_size
-            total.update(f"{path.relative_to(folder)} {size} ".encode())
+            total.update(f"{name} {size} ".encode())
             with open(path, "rb") as file:
                 total.update(file.read(ENDS))
                 file.seek(max(file.tell(), size - ENDS))
@@ -970,7 +973,7 @@ class Lab:
         right = {}
         for slot, (name, choices) in enumerate(WORLD_ATTRIBUTES.items()):
             texts = [world.describe(*own[:slot], choice, *own[slot + 1:]) for choice in choices]
-            best = attribute_choices(features, torch.stack([self.text_features(t) for t in texts]))
+            best = best_text(features, torch.stack([self.text_features(t) for t in texts]))
             right[f"shows_{name}"] = float(texts[best] == world.describe(*own))
         return {**right, "attributes": float(np.mean(list(right.values())))}
 

@@ -123,7 +123,7 @@ class TemporalTransformerBlock(nn.Module):
     def forward(self, x, grid, motion=None):
         for norm, attention, which in (self.norm1, self.attn1, "attn1"), (self.norm2, self.attn2, "attn2"):
             h = h_qk = h_v = norm(x)
-            if motion is not None and self.name in motion.grids:
+            if motion is not None and self.name in motion.grids:               # grids: (H, W) by block
                 m_qk, m_v = motion.for_attention(self.name, which, h.shape[2], grid, h.dtype)
                 h_qk = h + m_qk                                                        # MQK          (Eq. 3)
                 h_v = h + m_v                                                          # MV           (Eq. 3)
@@ -266,7 +266,8 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
     The defaults are the paper's, MODEL_DEFAULTS has those of data/tiny. Every step sees the clip at `batch`
-    noise levels. The UNet stays in eval mode; the authors' has dropout. The result has `losses` (steps,).
+    noise levels. The UNet stays in eval mode, as it was loaded; the authors' has dropout. The result has
+    `losses` (steps,).
 
     state          file that keeps the training every `state_every` steps; an interrupted call goes on from it
     on_step        called as on_step(step, motion) after every step, from 1; motion is in eval mode
@@ -276,7 +277,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
     _, _, frames, height, width = latents.shape
     unet, scheduler, generator = models.unet, models.scheduler, torch.Generator().manual_seed(seed)
     motion = MotionEmbeddings(unet.config, frames, height, width, **settings).to(models.device)
-    # The decay is AdamW's default, which the authors leave active: a step shrinks every embedding by lr/100.
+    # AdamW's default decay, which the authors leave active: a step multiplies embeddings by 1 - lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
     # Gradients in float16 vanish below 6e-8: the scaler multiplies the loss and divides what comes out.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
@@ -399,7 +400,7 @@ def blend_noise(inverted, fresh, prior):
     """Start noise: sqrt(prior) * inverted reference + sqrt(1 - prior) * fresh noise; the authors take 0.5.
 
     The weights keep the variance at 1 if both have it. The inverted part brings the rough layout of the
-    reference's motion along, which is why eval_mi.py always compares with this noise and no embeddings.
+    reference's motion along, which is why eval_mi.py compares with this noise and no embeddings, too.
     """
     return math.sqrt(prior) * inverted + math.sqrt(1 - prior) * fresh
 
@@ -477,9 +478,9 @@ def unet_settings(config):
 class UNet3DConditionModel(nn.Module):
     """x (B,C,F,H,W), t (int, 0-d or (B,)), text (B,L,D), motion (MotionEmbeddings or None) -> (B,C,F,H,W).
 
-    ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; a row of `up` begins with
-    the sum of what comes from below and of the skip that is on top of the stack. * is where the method puts
-    its embeddings.
+    ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; in `up` each layer reads
+    what comes from below beside the skip that is on top of the stack. * is where the method puts its
+    embeddings.
 
         down_blocks.0   320, 320            attn     40x72 for 320x576 pixels   each layer and each halving
         down_blocks.1   640, 640            attn     20x36                      pushes its output as a skip
@@ -1219,6 +1220,7 @@ def read_motion_file(path):
         settings = dict(use_mqk=any(key.endswith("pos_embed") for key in tensors),
                         use_mv=any(key.endswith("vSpatial") for key in tensors))
         settings |= {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
+        debias(torch.zeros(1, 1, 1), settings.get("debias", "diff"))                # refuses an unknown mode
         source = dict(about.get("source", {}))
         return tensors, dict(frames=frames, grids=grids, source=source, settings=settings)
 
@@ -1455,9 +1457,10 @@ def rename_keys(tensors, text_encoder=False):
 def weight_names(stem):
     """The names that weights go by, the best first: safe or pickled, full or fp16, one file or an index."""
     pickled = "pytorch_model" if stem == "model" else stem
-    return [name for base, kind in ((stem, "safetensors"), (pickled, "bin")) for variant in ("", ".fp16")
-            for name in (f"{base}{variant}.{kind}", f"{base}{variant}.{kind}.index.json",
-                         f"{base}.{kind}.index{variant}.json")]
+    names = [name for base, kind in ((stem, "safetensors"), (pickled, "bin")) for variant in ("", ".fp16")
+             for name in (f"{base}{variant}.{kind}", f"{base}{variant}.{kind}.index.json",
+                          f"{base}.{kind}.index{variant}.json")]
+    return list(dict.fromkeys(names))                                # without a variant two of them are one
 
 
 def shards(path):
@@ -2224,21 +2227,26 @@ def describe(config, motion):
 def set_aside(out, in_use):
     """Moves what an earlier run.json lists to out/previous-1, -2, ...: old results do not pass for new ones.
 
-    in_use: paths that stay where they are. UserError: `out` is no place to write to.
+    in_use: paths that stay where they are. Returns the names of those: they are the next run's to list.
+    UserError: `out` is no place to write to.
     """
+    kept = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
         if not (out / "run.json").is_file():
-            return
+            return kept
         older = next(out / f"previous-{n}" for n in range(1, 10**6) if not (out / f"previous-{n}").exists())
         older.mkdir()
         # By their names alone: a record that was tampered with cannot move files from elsewhere.
         for name in [*read_json(out / "run.json").get("files", []), "run.json"]:
             path = out / Path(str(name)).name
-            if path.is_file() and path.resolve() not in in_use:
+            if path.resolve() in in_use:
+                kept.append(path.name)
+            elif path.is_file():
                 os.replace(path, older / path.name)
         print(f"the earlier results in {out} are in {older} now")
+        return kept
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
 
@@ -2313,7 +2321,7 @@ def run(config):
     # More steps than the schedule has? Now, not after the training.
     for steps in (config.sample_steps, INVERT_STEPS)[:1 + (config.noise_prior > 0)]:
         models.scheduler.timesteps(steps)
-    set_aside(out, {Path(path).resolve() for path in (config.motion, config.video) if path})
+    files += set_aside(out, {Path(path).resolve() for path in (config.motion, config.video) if path})
     timed("load")
 
     # All randomness comes from seeds, so equal settings repeat the same frames.

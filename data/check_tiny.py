@@ -79,7 +79,7 @@ class Judge:
 
     def attributes(self, features):
         """features (F,D) of one clip -> the attributes (shape, colour, pattern, background) that it shows"""
-        return world.attributes(self.captions[eval_mi.attribute_choices(features, self.texts)])
+        return world.attributes(self.captions[eval_mi.best_text(features, self.texts)])
 
     def constancy(self, features):
         """features (F,D) -> share of frames that, judged alone, show the whole clip's shape and colour"""

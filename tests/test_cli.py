@@ -438,6 +438,10 @@ def test_a_rerun_sets_the_older_results_aside(start, capsys):
     status, _ = start("--motion", motion, small=REUSE, shows=SHOWS[2:])
     assert status == 0 and motion.exists() and not (out / "previous-2" / "motion.safetensors").exists()
     assert (out / "previous-2" / "1-a-cat.gif").exists() and (out / "previous-2" / "run.json").exists()
+    # The file that was used and stayed is set aside by the next training, not written over.
+    trained = motion.read_bytes()
+    status, _ = start("--seed", 5, shows=[*SHOWS[:2], "--prompt", "a cat"])
+    assert status == 0 and (out / "previous-3" / "motion.safetensors").read_bytes() == trained
 
 
 def test_an_earlier_record_cannot_move_files_from_elsewhere(start, tmp_path):

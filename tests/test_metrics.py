@@ -38,9 +38,9 @@ def test_appearance_leakage_is_the_mean_over_all_pairs():
     assert eval_mi.appearance_leakage([[1.0, 0], [0, 1]], [[2.0, 0]]) == pytest.approx(0.5)
 
 
-def test_attribute_choices_takes_the_best_on_average():
+def test_best_text_takes_the_best_on_average():
     frames = [[1.0, 0.2], [0.1, 0.3], [1, 0]]
-    assert eval_mi.attribute_choices(frames, [[0.0, 1], [1, 0]]) == 1
+    assert eval_mi.best_text(frames, [[0.0, 1], [1, 0]]) == 1
 
 
 # -------------------------------------------------------------------------------------- distances of distributions

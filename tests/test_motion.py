@@ -480,3 +480,12 @@ def test_gradients_stop_at_the_first_injected_layer(unet):
     assert list(seen.values()) == [False, False, True, True]
     assert all(p.grad is None for p in unet.parameters())
     assert all(p.grad is not None and p.grad.norm() > 0 for p in motion.parameters())
+
+
+def test_a_file_with_an_unknown_debias_is_refused_at_once(tmp_path):
+    """Not at the first sample, after the model was loaded and the reference inverted."""
+    motion = make()
+    motion.debias = "foo"
+    motion.save(tmp_path / "motion.safetensors")
+    with pytest.raises(mini_mi.UserError, match="motion.safetensors.*debias = 'foo'"):
+        mini_mi.MotionEmbeddings.load(tmp_path / "motion.safetensors")
