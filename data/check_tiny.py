@@ -145,7 +145,7 @@ def target_latents(models):
         scene.update(colour=tuple(rng.uniform(0, 255, 3)), background=tuple(rng.uniform(0, 255, 3)))
         fits.append(latent_blocks(models, world.render(scene, frames=4)))
     z, y = (torch.cat(part).numpy() for part in zip(*fits))
-    half = len(z) // 2                                        # the map is fitted on other clips than it is judged on
+    half = len(z) // 2                              # the map is judged on other clips than it was fitted on
     design = np.concatenate([z, np.ones((len(z), 1))], 1)
     rest = y[half:] - design[half:] @ np.linalg.lstsq(design[:half], y[:half], rcond=None)[0]
     r2 = 1 - (rest ** 2).sum() / ((y[half:] - y[half:].mean(0)) ** 2).sum()
@@ -161,7 +161,7 @@ def target_latents(models):
         alike += [bool(a @ b > 0) for a, b in itertools.combinations(steps, 2)]
     return [Row("1 latents: R2 of a linear map to the mean RGB of a block, colours never seen", ">= 0.9",
                 f"{r2:.3f}", "", f"{len(z) - half} blocks", bool(r2 >= 0.9)),
-            share_row('1 latents: pairs of sprite colours whose "sprite minus background" points the same way',
+            share_row('1 latents: pairs of colours whose "sprite minus background" points the same way',
                       alike, ">= 95 %", lambda share: share >= 0.95)]
 
 

@@ -11,8 +11,8 @@ has not seen has to be inverted.
 
 All geometry is in pixels of a 64-pixel picture, x to the right and y DOWN, and scales with the size that
 is rendered. Time t runs from 0 (first frame) to 1 (last frame): more frames show the same path more slowly.
-`python data/world.py` writes the reference clips to data/clips/; `--split validation` gives others of the same
-motions, to choose settings by.
+`python data/world.py` writes the reference clips to data/clips/; `--split validation` gives others of the
+same motions, to choose settings by.
 """
 
 import argparse
@@ -456,7 +456,7 @@ def render(scene, frames=FRAMES, size=SIZE):
 # -------------------------------------------------------------------------------------------- reference clips
 # References are drawn, not placed: clip `index` of a split is a function of these two. No clip is chosen or
 # dropped by what a model does with it; settings are chosen on "validation", and "test" is only measured.
-SPLITS = {"test": 40_000_000, "validation": 50_000_000}        # first seeds; training and checks end far below
+SPLITS = {"test": 40_000_000, "validation": 50_000_000}       # first seeds; training and checks end far below
 COMMITTED = 12                                                 # clips of "test" that lie in data/clips
 
 

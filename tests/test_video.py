@@ -275,7 +275,7 @@ def test_a_part_of_a_long_film_is_read_without_the_rest(film, monkeypatch):
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
 def test_hdr_becomes_sdr_or_is_refused_with_the_command(film, tmp_path, transfer):
     """Red comes back as red and grey as grey: not washed out."""
-    filters = real = subprocess.run([FFMPEG, "-hide_banner", "-filters"], capture_output=True, text=True).stdout
+    filters = subprocess.run([FFMPEG, "-hide_banner", "-filters"], capture_output=True, text=True).stdout
     codecs = subprocess.run([FFMPEG, "-hide_banner", "-encoders"], capture_output=True, text=True).stdout
     if "zscale" not in filters or "libx265" not in codecs:
         pytest.skip("this ffmpeg makes no HDR")
