@@ -1,0 +1,38 @@
+"""README.md says what was measured: its table and sentences are those of data/ablation/results.json."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "data" / "ablation" / "results.json").read_text(encoding="utf-8"))
+COLUMNS = ("motion_fidelity", "text_similarity", "attributes", "temporal_consistency")
+ROWS = {row["name"]: row for row in RESULTS["rows"]}
+
+
+@pytest.mark.parametrize("name", ["full", "no-mqk", "no-mv", "drop-mqk", "drop-mv", "debias-none", "base",
+                                  "base-no-inversion", "vae"])
+def test_a_row_of_the_table(name):
+    """Mean and half of the 95 % interval, in three digits, and n."""
+    line = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+    *cells, count = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    for metric, cell in zip(COLUMNS, cells, strict=True):
+        mean, low, high = ROWS[name]["metrics"][metric]
+        assert cell == f"{mean:.3f} ± {(high - low) / 2:.3f}"
+    assert count == f"{ROWS[name]['n']} ({ROWS[name]['clips']})"
+
+
+def test_the_sentences_on_the_two_ablations():
+    text = " ".join(README.split())
+    sentences = [s for s in RESULTS["sentences"] if s.startswith(("no-mqk against", "no-mv against"))]
+    assert len(sentences) == 2 and all(" ".join(s.split()) in text for s in sentences)
+
+
+def test_command_and_date_of_the_run():
+    assert RESULTS["run"]["date"] in README and RESULTS["finished"] == RESULTS["planned"]
+
+
+def test_no_machine_path_is_published():
+    assert not re.search(r'"/(root|home|tmp|work|mnt)/', json.dumps(RESULTS))
