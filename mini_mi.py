@@ -2105,11 +2105,6 @@ def model_defaults(model):
         return MODEL_DEFAULTS["tiny" if widths[0] <= 64 else "other"]
 
 
-def numbers(text):
-    """'1,2' -> (1, 2)"""
-    return tuple(int(part) for part in text.split(","))
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in this program's one-line form."""
 
@@ -2118,23 +2113,42 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(argv=None):
-    """Command line -> Config. What was not given is None, or its fixed default; `complete` fills it in."""
-    parser = Parser("mini_mi.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        about, flag = f.metadata["about"], f.metadata.get("flag", "--" + f.name.replace("_", "-"))
-        default, shape = f.default, dict(type=numbers if f.type is tuple else f.type, metavar=f.name.upper())
-        if f.name in MODEL_DEFAULTS["tiny"]:
-            default = f"{MODEL_DEFAULTS['tiny'][f.name]} for tiny, else {MODEL_DEFAULTS['other'][f.name]}"
+def parse_options(cls, argv, prog, about, by_model=MODEL_DEFAULTS):
+    """Command line -> `cls`, a dataclass whose fields are `option`s; what was not given keeps its default.
+
+    about: the text above the options in --help; by_model: the defaults that depend on the model.
+    """
+    parser = Parser(prog, description=about, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in (f for f in dataclasses.fields(cls) if f.metadata):
+        flag, default = f.metadata.get("flag", "--" + f.name.replace("_", "-")), f.default
+        how = {"type": f.type, "choices": f.metadata.get("choices")}
+        if f.name in by_model["tiny"]:
+            default = f"{by_model['tiny'][f.name]} for tiny, else {by_model['other'][f.name]}"
         if f.type is bool:
-            shape, default = dict(action="store_false" if f.default else "store_true"), None
-        elif f.name == "prompts":
-            shape = dict(action="append", metavar="PROMPT")
-        elif "choices" in f.metadata:
-            shape = dict(type=f.type, choices=f.metadata["choices"])
-        about += f" (default: {default})" if default not in (None, (), "") else ""
-        parser.add_argument(flag, dest=f.name, help=about, **shape)
-    return Config(**vars(parser.parse_args(argv)))
+            how, default = {"action": "store_false" if f.default else "store_true"}, None
+        elif f.type is list:
+            how = {"nargs": "+", "metavar": "FILE"}
+        elif flag != "--" + f.name.replace("_", "-"):                              # prompts: --prompt, again
+            how = {"action": "append"}
+        elif f.type is tuple:
+            how = {"type": lambda text: tuple(map(int, text.split(",")))}
+        told = "" if default in (None, (), "") else f" (default: {default})"
+        parser.add_argument(flag, dest=f.name, help=f.metadata["about"] + told, **how)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check_ranges(settings):
+    """UserError if an `option` lies outside of its `within`; None means not given."""
+    for f in dataclasses.fields(settings):
+        value, (least, most) = getattr(settings, f.name), f.metadata.get("within", (None, None))
+        if least is not None and value is not None and not least <= value <= most:        # nan is not, either
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: it must be within {least:g} and {most:g}")
+
+
+def parse(argv=None):
+    """Command line -> Config; `complete` fills in what was not given."""
+    return parse_options(Config, argv, "mini_mi.py", __doc__.split("\n\n")[0])
 
 
 def pick_device(name):
@@ -2183,10 +2197,7 @@ def complete(config, source):
     if config.source_prompt is None and not config.motion:
         raise UserError('say what the reference shows, --source-prompt "...": what the text explains, '
                         "the motion embeddings need not learn")
-    for f in dataclasses.fields(config):
-        value, (least, most) = getattr(config, f.name), f.metadata.get("within", (None, None))
-        if least is not None and value is not None and not least <= value <= most:        # nan is not, either
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: it must be within {least:g} and {most:g}")
+    check_ranges(config)
     if config.format == "mp4":
         call("ffmpeg", "-version")                              # is it there? Now, not after the training
     config.device = pick_device(config.device)
