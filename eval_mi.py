@@ -1867,10 +1867,10 @@ class CLIPVisionTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = mini_mi.read_config("CLIP image tower", config, dict(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            image_size=224, patch_size=32, num_channels=3, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-        ), implemented={"hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": (3,)})
+        c = mini_mi.read_config(
+            "CLIP image tower", config, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, image_size=224, patch_size=32, layer_norm_eps=1e-5,
+            only={"hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": 3})
         self.image_size, tokens = c.image_size, (c.image_size // c.patch_size) ** 2 + 1
         self.embeddings = nn.ModuleDict({
             "patch_embedding": nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False),

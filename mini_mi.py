@@ -2,8 +2,8 @@
 
 Wang et al., *Motion Inversion for Video Customization* (arXiv 2403.20193), reimplemented to be read. A frozen
 text-to-video diffusion model denoises a reference clip; two sets of embeddings inside its temporal attention
-are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to
-the same model with another prompt, they make new content move like the reference.
+are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to the same
+model with another prompt, they make new content move like the reference.
 
     python mini_mi.py                            the whole job on the embedded model, half a minute on a CPU
     python mini_mi.py --no-mqk                   an ablation: the same without MQK (or --no-mv)
@@ -14,13 +14,14 @@ Map. Names are looked up when a function runs, so what the method uses may stand
     THE PAPER         debias, the temporal attention of Eq. 3, the embeddings that it adds
     LEARN IT          the loss and the training loop, Eq. 4
     USE IT            DDIM, inversion of the reference, start noise, guided sampling, in and out of latents
+    THE HYBRID LOSS   a helper that the authors train beside the embeddings
     THE FROZEN MODEL  UNet, autoencoder, text encoder, tokenizer, held against the published ones in tests/
-    PLUMBING          configs, files, checkpoints, hub, video, pictures
+    PLUMBING          files, checkpoints, hub, video, pictures
     COMMAND LINE      the settings, and `run`: load, encode, train, invert, sample, write
 
 Letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
-          h w pixels   L text tokens   D text width   E width of the embedded diffusion step
-          t diffusion step, never a frame   T number of them   N any batch axis, such as B*F
+          h w pixels   L text tokens   D text width   N any batch axis, such as B*F
+          t diffusion step, never a frame   T number of them
           h alone, in THE PAPER, is what temporal attention reads, as in its Eq. 3
 """
 
@@ -60,12 +61,10 @@ import numpy as np
 import regex
 import torch
 import torch.nn.functional as nnf
-import torch.utils.checkpoint
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-HERE = Path(__file__).resolve().parent
 
 
 class UserError(ValueError):
@@ -80,8 +79,7 @@ class UserError(ValueError):
 #
 #       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
 #
-#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It has no spatial axes: it cannot hold a
-#                          shape.
+#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. Without spatial axes it holds no shape.
 #   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion. For
 #                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
 #                          could hold the clip's looks, too.
@@ -139,18 +137,17 @@ class MotionEmbeddings(nn.Module):
 
     unet_config      dict, the UNet's config.json
     frames           F of the clip; None in a file of the authors: of its 32 slots the first F count
-    height, width    the latent grid of the clip (not pixels)
+    height, width    H, W of the clip's latents
     levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has
                      attention, which for ZeroScope is the authors' choice (width 1280 on the way down and up)
     use_mqk, use_mv  the ablations: False leaves the part out, here, or later at inference
     mqk_dims         1: shape (1, F, C), the method;     2: (H*W, F, C)
     mv_dims          2: shape (H*W, F, C), the method;   1: (1, F, C)
-    debias           diff | mean | none, see `debias`. `.eval()` adds debiased MV, `.train()` raw MV, unless
+    debias           diff | mean | none. `.eval()` adds debiased MV, `.train()` raw MV, unless
                      debias_in_training
     """
 
     SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training")
-    PARTS = (".pos_embed", ".attn1.vSpatial", ".attn2.vSpatial")
 
     def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True,
                  mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False):
@@ -160,7 +157,7 @@ class MotionEmbeddings(nn.Module):
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
         self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
         if unet_config is None:
-            return                                                                     # `load` fills it
+            return                                                                # `read_motion` fills it
         if not (use_mqk or use_mv):
             raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
         with torch.device("meta"):                   # a UNet without memory for weights, asked for its blocks
@@ -171,17 +168,12 @@ class MotionEmbeddings(nn.Module):
                             f"this model has attention at levels {sorted(sites)}")
         for level, block, channels in ((i, *site) for i in levels for site in sites[i].items()):
             # Every downsampling is a convolution of stride 2 and padding 1, which rounds odd sizes up.
-            rows, columns = self.grids[block] = (-(-height // 2 ** level), -(-width // 2 ** level))
-            positions = {1: 1, 2: rows * columns}
-            for part in self.PARTS:
-                used, dims = (use_mqk, mqk_dims) if part == ".pos_embed" else (use_mv, mv_dims)
-                if used:
-                    self[block + part] = torch.zeros(positions[dims], frames, channels)
-
-    @classmethod
-    def block(cls, key):
-        """The temporal block in `key`: what stands before MQK's or MV's name."""
-        return key[:-len(next(filter(key.endswith, cls.PARTS)))]
+            grid = self.grids[block] = (-(-height // 2 ** level), -(-width // 2 ** level))
+            positions = {1: 1, 2: math.prod(grid)}
+            if use_mqk:
+                self[f"{block}.pos_embed"] = torch.zeros(positions[mqk_dims], frames, channels)
+            for which in ("attn1", "attn2") if use_mv else ():
+                self[f"{block}.{which}.vSpatial"] = torch.zeros(positions[mv_dims], frames, channels)
 
     def __getitem__(self, key):
         return self._parameters[key]
@@ -192,19 +184,18 @@ class MotionEmbeddings(nn.Module):
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """nn.Module's, but for its check of names, which takes a dot for a submodule."""
-        if strict and state_dict.keys() != self._parameters.keys():
-            raise UserError("these are other embeddings: " +
-                            ", ".join(sorted(state_dict.keys() ^ self._parameters.keys())[:2]))
+        if strict and (other := sorted(state_dict.keys() ^ self._parameters.keys())):
+            raise UserError(f"these are other embeddings: {', '.join(other[:2])}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
-    def for_attention(self, block, attention, frames, grid, dtype=torch.float32):
+    def for_attention(self, block, which, frames, grid, dtype=torch.float32):
         """m_qk, m_v, each (1 or H*W, F, C), for one attention of a block; 0 if the part is absent or off."""
         m_qk = m_v = 0
         sizes = (self.frames is None, self.grids[block], frames, grid)
         if self.use_mqk and f"{block}.pos_embed" in self._parameters:
             m_qk = resized(self[f"{block}.pos_embed"], *sizes).to(dtype)
-        if self.use_mv and f"{block}.{attention}.vSpatial" in self._parameters:
-            m_v = resized(self[f"{block}.{attention}.vSpatial"], *sizes)
+        if self.use_mv and f"{block}.{which}.vSpatial" in self._parameters:
+            m_v = resized(self[f"{block}.{which}.vSpatial"], *sizes)
             # Last, since differences of neighbouring frames mean something only on the frames that are used.
             if self.debias_in_training or not self.training:
                 m_v = debias(m_v, self.debias)                                                       # (Eq. 5)
@@ -215,9 +206,9 @@ class MotionEmbeddings(nn.Module):
         """UserError if these embeddings belong to another UNet."""
         widths = {block: c for sites in unet.motion_sites.values() for block, c in sites.items()}
         for key, value in self._parameters.items():
-            have, wanted = value.shape[-1], widths.get(self.block(key), "no place")
+            have, wanted = value.shape[-1], widths.get(block_of(key), "no place")
             if have != wanted:
-                raise UserError(f"these motion embeddings do not fit the model: {self.block(key)} has width "
+                raise UserError(f"these motion embeddings do not fit the model: {block_of(key)} has width "
                                 f"{have} in the motion file and {wanted} in the model; use the model they "
                                 "were made with")
 
@@ -229,12 +220,7 @@ class MotionEmbeddings(nn.Module):
     @classmethod
     def load(cls, path):
         """Reads a file of `save` or the authors' motion_embed.pt. Parts that it lacks are switched off."""
-        tensors, about = read_motion_file(path)
-        self = cls(None, about["frames"], None, None, **about["settings"])
-        self.grids, self.source = about["grids"], about["source"]
-        for key, value in tensors.items():
-            self[key] = value.float()
-        return self.eval()
+        return read_motion(path)
 
 
 # ============================================================================================================
@@ -247,8 +233,8 @@ def motion_loss(kind, prediction, target, anchor):
     mse       || eps - eps_theta ||^2, averaged; v for eps if the model predicts v, as data/tiny does  (Eq. 4)
     debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
               frame has in common with the anchor counts less (MotionDirector, arXiv 2310.08465; not `debias`)
-    hybrid    debiased, while a LoRA holds the looks of single frames (SpatialLoRA): MotionDirector's whole
-              loss, with which the paper's numbers were made
+    hybrid    debiased, while a `SpatialLoRA` holds the looks of single frames: MotionDirector's whole loss,
+              with which the paper's numbers were made
     """
     mse = nnf.mse_loss(prediction, target)
     if kind == "mse":
@@ -329,12 +315,25 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
 
 class DDIMScheduler:
     """Noise levels, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps for t = 0 .. T-1 (arXiv 2006.11239), and
-    deterministic steps between them (DDIM with eta = 0, arXiv 2010.02502)."""
+    deterministic steps between them (DDIM with eta = 0, arXiv 2010.02502).
+
+    The config of another sampler (DPM, Euler, PNDM, ...) is taken by its noise schedule, as diffusers'
+    DDIMScheduler.from_config does; what it says about its own way of sampling is ignored.
+    """
 
     def __init__(self, config):
-        c = scheduler_settings(config)
+        if (kind := config.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
+            if "beta_start" not in config:
+                raise UserError(f"scheduler config: {kind} has no noise schedule of betas")
+            config = {**config, "clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
+        c = read_config(
+            "scheduler", {"clip_sample": True, **config}, num_train_timesteps=1000, beta_start=0.0001,
+            beta_end=0.02, set_alpha_to_one=True, steps_offset=0,
+            only=dict(beta_schedule=("linear", "scaled_linear"), prediction_type=("epsilon", "v_prediction"),
+                      clip_sample=False, trained_betas=None, thresholding=False, timestep_spacing="leading",
+                      rescale_betas_zero_snr=False))
         self.T, self.offset = c.num_train_timesteps, c.steps_offset
-        self.v_prediction = c.prediction_type != "epsilon"
+        self.v_prediction = c.prediction_type == "v_prediction"
         power = 0.5 if c.beta_schedule == "scaled_linear" else 1                # scaled: linear in sqrt(beta)
         ramp = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T, dtype=torch.float32)
         betas = ramp ** (1 / power)
@@ -349,12 +348,9 @@ class DDIMScheduler:
 
     def timesteps(self, n):
         """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step."""
-        if not 1 <= n <= self.T:
-            raise UserError(f"{n} sampling steps: it must be 1 to {self.T}")
-        steps = torch.arange(n).flip(0) * (self.T // n) + self.offset
-        if steps[0] >= self.T:
-            raise UserError(f"{n} sampling steps give a timestep above {self.T - 1}; take another number")
-        return steps
+        if not 1 <= n <= self.T or (n - 1) * (self.T // n) + self.offset >= self.T:
+            raise UserError(f"{n} DDIM steps do not fit into {self.T} timesteps; take another number")
+        return torch.arange(n).flip(0) * (self.T // n) + self.offset
 
     def add_noise(self, x0, noise, t):
         """x_t from x_0."""
@@ -409,8 +405,8 @@ def blend_noise(inverted, fresh, prior):
 def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, progress=True):
     """noise (B,C,F,H,W), text, negative (B,L,D) -> latents (B,C,F,H,W): DDIM, classifier-free guidance.
 
-    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings act on both
-    halves; guidance <= 1 runs the prompt alone.
+    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings, in eval
+    mode so that MV is debiased, act on both halves; guidance <= 1 runs the prompt alone.
     """
     scheduler, x, guided = models.scheduler, noise, guidance > 1
     texts = torch.cat([negative, text]) if guided else text
@@ -426,6 +422,7 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
 
 
 CHUNK = 16                                      # frames that the autoencoder takes at once; bounds the memory
+
 
 @torch.no_grad()
 def encode_video(models, video, generator=None):
@@ -446,33 +443,57 @@ def decode_video(models, latents):
 
 
 # ============================================================================================================
+#   THE HYBRID LOSS: a helper for the training that `--loss hybrid` asks for
+# ============================================================================================================
+
+class SpatialLoRA(nn.Module):
+    """The helper of the hybrid loss: W + B A for the weight W of all linear layers of spatial transformers.
+
+    In 4 of 5 training steps it first learns from one random frame of the clip, seen as a clip of one frame,
+    and stays on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
+    need not hold. It is thrown away afterwards. For W (n, m), A (rank, m) starts normal with deviation
+    1 / rank and B (n, rank) at zero. Source: MotionDirector (arXiv 2310.08465), its rank and learning rate.
+    """
+
+    def __init__(self, unet, generator, rank=32, lr=5e-4):
+        super().__init__()
+        transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
+        self.layers = [layer for m in transformers for layer in m.modules() if isinstance(layer, nn.Linear)]
+        self.frozen = [layer.weight for layer in self.layers]
+        self.a = nn.ParameterList(torch.randn(rank, w.shape[1], generator=generator) / rank
+                                  for w in self.frozen)
+        self.b = nn.ParameterList(torch.zeros(w.shape[0], rank) for w in self.frozen)
+        self.to(unet.conv_in.weight.device)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
+
+    def switch(self, on):
+        """Lends W + B A to the layers as their weight, or gives W back: the very tensor that was there."""
+        for layer, w, a, b in zip(self.layers, self.frozen, self.a, self.b):
+            layer._parameters["weight"] = w + (b @ a).to(w.dtype) if on else w
+
+    def step(self, models, x_t, t, text, target, scaler, generator):
+        """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else is off."""
+        on = torch.rand((), generator=generator).item() < 0.8
+        frame = torch.randint(x_t.shape[2], (), generator=generator).item()
+        self.switch(on)
+        if on:
+            error = nnf.mse_loss(predict(models, x_t[:, :, frame, None], t, text), target[:, :, frame, None])
+            self.optimizer.zero_grad(set_to_none=True)
+            scaler.scale(error).backward()
+            scaler.step(self.optimizer)
+            with torch.no_grad():                              # the clip's step trains the embeddings alone
+                self.switch(on)
+
+
+# ============================================================================================================
 #   THE FROZEN MODEL: UNet, autoencoder, text encoder, tokenizer. Attribute names are the keys of checkpoints
 # ============================================================================================================
 
-# ------------------------------------------------------------------------------------------------------------
-# UNet: predicts the noise (or v) in a noisy video (Wang et al., ModelScope, arXiv 2308.06571)
-# ------------------------------------------------------------------------------------------------------------
+# ---- UNet: predicts the noise (or v) in a noisy video (Wang et al., ModelScope, arXiv 2308.06571)
 
-def unet_settings(config):
-    """config.json of a UNet3DConditionModel as a checked namespace."""
-    c = read_config("UNet", config, dict(
-        in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
-        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
-        block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, downsample_padding=1,
-        mid_block_scale_factor=1, act_fn="silu", norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1024,
-        attention_head_dim=64, num_attention_heads=None, time_cond_proj_dim=None,
-    ), implemented=dict(
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
-        downsample_padding=(1,), mid_block_scale_factor=(1,), act_fn=("silu",), num_attention_heads=(None,),
-        time_cond_proj_dim=(None,)))
-    mirrored = [kind.replace("Up", "Down") for kind in reversed(c.up_block_types)]
-    if mirrored != list(c.down_block_types) or len(c.block_out_channels) != len(mirrored):
-        raise UserError("UNet config: up_block_types must mirror down_block_types, with one entry of "
-                        "block_out_channels for each level")
-    if "CrossAttnDownBlock3D" not in c.down_block_types:
-        raise UserError("UNet config: no level has attention, so there is no place for motion")
-    return c
+def predict(models, x, t, text, motion=None):
+    """The UNet's answer in float32, whatever the format of its weights."""
+    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
 
 
 class UNet3DConditionModel(nn.Module):
@@ -498,29 +519,36 @@ class UNet3DConditionModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        c = unet_settings(config)
+        kinds = ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",), ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3
+        c = self.settings = read_config(
+            "UNet", config, in_channels=4, out_channels=4, down_block_types=kinds[0], up_block_types=kinds[1],
+            block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, norm_num_groups=32, norm_eps=1e-5,
+            cross_attention_dim=1024, attention_head_dim=64,
+            only=dict(downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", num_attention_heads=None,
+                      time_cond_proj_dim=None))
         widths, n = c.block_out_channels, len(c.block_out_channels)
+        attention = [kind == "CrossAttnDownBlock3D" for kind in c.down_block_types]
+        known = all(kind in kinds[0] for kind in c.down_block_types) and any(attention)
+        if not known or len(attention) != n or list(c.up_block_types) != [
+                kind.replace("Down", "Up") for kind in reversed(c.down_block_types)]:
+            raise UserError(f"UNet config: down_block_types {c.down_block_types} and their mirror up_block_types "
+                            f"should be of {kinds[0][2:]}, one with attention, as many as block_out_channels")
+
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0])
         # A quirk of the original: always 8 heads here, elsewhere as many as fit the width.
         self.transformer_in = TransformerTemporalModel(widths[0], 8, c)
-
-        attention = [kind == "CrossAttnDownBlock3D" for kind in c.down_block_types]
         skips = [widths[0]]                             # widths of the skips, pushed and popped as in forward
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
             rows = level_rows(before, width, c.layers_per_block)
             self.down_blocks.append(UNetBlock3D(rows, c, len(rows) * attention[i], downsample=i < n - 1))
             skips += [width] * (c.layers_per_block + (i < n - 1))
         self.mid_block = UNetBlock3D(level_rows(widths[-1], widths[-1], 2), c, transformers=1)
-        self.up_blocks = nn.ModuleList()
-        before = widths[-1]
-        for i in reversed(range(n)):
+        for i, before in zip(reversed(range(n)), [widths[-1], *reversed(widths)]):
             rows = [(c_in + skips.pop(), c_out)                     # a skip is concatenated to what comes in
                     for c_in, c_out in level_rows(before, widths[i], c.layers_per_block + 1)]
             self.up_blocks.append(UNetBlock3D(rows, c, len(rows) * attention[i], upsample=i > 0))
-            before = widths[i]
-
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
         self.checkpointing = False                         # True: recompute layers in backward to save memory
@@ -529,8 +557,7 @@ class UNet3DConditionModel(nn.Module):
         self.motion_sites = {i: {} for i in range(n) if attention[i]}
         for name, module in self.named_modules():
             if isinstance(module, TemporalTransformerBlock):
-                module.name = name
-                side, number, *_ = name.split(".")
+                module.name, (side, number, *_) = name, name.split(".")
                 if side in ("down_blocks", "up_blocks"):
                     level = int(number) if side == "down_blocks" else n - 1 - int(number)
                     self.motion_sites[level][name] = module.norm1.weight.shape[0]
@@ -542,11 +569,10 @@ class UNet3DConditionModel(nn.Module):
         emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
 
         # contiguous: latents may lie in memory in another order; every layer would inherit it and be slower.
-        # (Channels last is faster for narrow layers on a CPU, and slower for wide ones on small grids.)
         hidden = self.conv_in(x.transpose(1, 2).flatten(0, 1).contiguous())                   # (B*F, C, H, W)
         hidden = self.transformer_in(hidden, frames)
         # Checkpointing: backward computes a layer once more instead of finding its activations in memory.
-        recompute = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        recompute = functools.partial(checkpoint, use_reentrant=False)
         save_memory = self.checkpointing and torch.is_grad_enabled()
         run_layer = recompute if save_memory else lambda layer, *args: layer(*args)
         rest = emb, text, frames, motion
@@ -562,18 +588,11 @@ class UNet3DConditionModel(nn.Module):
             hidden = run_layer(self.mid_block.layer, i, hidden, *rest)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                hidden = torch.cat([hidden, skips.pop()], dim=1)
-                hidden = run_layer(block.layer, i, hidden, *rest)
+                hidden = run_layer(block.layer, i, torch.cat([hidden, skips.pop()], dim=1), *rest)
             for double in block.upsamplers:
                 hidden = double(hidden, size=skips[-1].shape[-2:])
-
         out = self.conv_out(nnf.silu(self.conv_norm_out(hidden)))
         return out.unflatten(0, (batch, frames)).transpose(1, 2)
-
-
-def predict(models, x, t, text, motion=None):
-    """The UNet's answer in float32, whatever the format of its weights."""
-    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
 
 
 def level_rows(before, width, n):
@@ -583,26 +602,22 @@ def level_rows(before, width, n):
 
 class UNetBlock3D(nn.Module):
     """One level of the UNet. Per layer: resnet, temporal conv, spatial transformer, temporal transformer;
-    then the change of size, if any.
+    then the change of size, if any. rows: one (c_in, c_out) per layer; transformers: the number of layers
+    that have both of them, from the first on.
 
     It has no forward: the UNet calls it layer by layer, because each layer pushes or pops a skip.
-
-    rows          one (c_in, c_out) per layer
-    transformers  the number of layers that have both transformers: all or none; in the middle the first
     """
 
     def __init__(self, rows, c, transformers, downsample=False, upsample=False):
         super().__init__()
-        groups, emb_width = c.norm_num_groups, 4 * c.block_out_channels[0]
-        widths = [c_out for _, c_out in rows]
+        groups, width, emb_width = c.norm_num_groups, rows[0][1], 4 * c.block_out_channels[0]
         self.resnets = nn.ModuleList(ResnetBlock2D(*row, groups, c.norm_eps, emb_width) for row in rows)
-        self.temp_convs = nn.ModuleList(TemporalConvLayer(w, groups) for w in widths)
-        heads = widths[-1] // c.attention_head_dim                     # all layers of a level give one width
+        self.temp_convs = nn.ModuleList(TemporalConvLayer(width, groups) for _ in rows)
         self.attentions, self.temp_attentions = (
-            nn.ModuleList(kind(widths[-1], heads, c) for _ in range(transformers))
+            nn.ModuleList(kind(width, width // c.attention_head_dim, c) for _ in range(transformers))
             for kind in (Transformer2DModel, TransformerTemporalModel))
-        self.downsamplers = nn.ModuleList([Downsample2D(widths[-1], (1, 1, 1, 1))] if downsample else [])
-        self.upsamplers = nn.ModuleList([Upsample2D(widths[-1])] if upsample else [])
+        self.downsamplers = nn.ModuleList([Downsample2D(width, (1, 1, 1, 1))] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(width)] if upsample else [])
 
     def layer(self, i, x, emb, text, frames, motion):
         """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W)."""
@@ -613,28 +628,26 @@ class UNetBlock3D(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Diffusion step (B,) -> vector (B,E): sines and cosines of falling frequency, then two linear layers."""
+    """Diffusion step (B,) -> (B, 4C): sines and cosines of falling frequency, then two linear layers."""
 
     def __init__(self, channels):
         super().__init__()
-        self.channels = channels
         self.linear_1 = nn.Linear(channels, 4 * channels)
         self.linear_2 = nn.Linear(4 * channels, 4 * channels)
 
     def forward(self, t):
-        half = self.channels // 2
+        half, weight = self.linear_1.in_features // 2, self.linear_1.weight
         index = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) * index / half)
-        angles = t.float()[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear_1.weight.dtype)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / half)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(weight.dtype)
         return self.linear_2(nnf.silu(self.linear_1(waves)))
 
 
 class ResnetBlock2D(nn.Module):
     """norm, SiLU, conv, (+ diffusion step), norm, SiLU, conv, plus the input. (N,C,H,W) -> (N,C_out,H,W).
 
-    emb: the embedded diffusion step, one row per sample of the batch (B,E); in a video N = B*F and all frames
-    of a clip share their row. The autoencoder, which has this block too, has none.
+    emb: the embedded diffusion step, one row per sample of the batch (B, emb_width); in a video N = B*F and
+    all frames of a clip share their row. The autoencoder, which has this block too, has none.
     """
 
     def __init__(self, c_in, c_out, groups, eps, emb_width=None):
@@ -677,8 +690,7 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size=None):
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(nnf.interpolate(x, size=size, mode="nearest"))
+        return self.conv(nnf.interpolate(x, size or [2 * side for side in x.shape[-2:]], mode="nearest"))
 
 
 class TemporalConv(nn.Conv3d):
@@ -686,9 +698,6 @@ class TemporalConv(nn.Conv3d):
 
     Computed as a (3,1) convolution over the plane (F, H*W): the same sums, by the kernels for pictures.
     """
-
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x):
         return nnf.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
@@ -704,15 +713,15 @@ class TemporalConvLayer(nn.Module):
         super().__init__()
         # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
         for n in range(1, 5):
-            dropout = [nn.Dropout(0.1)] if n > 1 else []
-            self.add_module(f"conv{n}", nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
-                                                      TemporalConv(channels, channels)))
+            self.add_module(f"conv{n}", nn.Sequential(
+                nn.GroupNorm(groups, channels), nn.SiLU(), *[nn.Dropout(0.1)][:n - 1],
+                TemporalConv(channels, channels, (3, 1, 1), padding=(1, 0, 0))))
         # A layer that starts as the identity lets a video model begin as the picture model that it was.
         nn.init.zeros_(self.conv4[-1].weight)
         nn.init.zeros_(self.conv4[-1].bias)
 
     def forward(self, x, frames):
-        plane = to_plane(x, frames)                                                      # (B, C, F, H*W)
+        plane = to_plane(x, frames)
         plane = self.conv4(self.conv3(self.conv2(self.conv1(plane))))
         return x + plane.transpose(1, 2).reshape(x.shape)
 
@@ -725,19 +734,20 @@ def to_plane(x, frames):
 class Transformer(nn.Module):
     """What both kinds share: norm, a linear layer in, one block of the kind, a linear layer out."""
 
-    def __init__(self, channels, heads, c, block, *text_width):
+    def __init__(self, channels, heads, c):
         super().__init__()
         width = heads * c.attention_head_dim
         self.norm = nn.GroupNorm(c.norm_num_groups, channels, 1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, width), nn.Linear(width, channels)
-        self.transformer_blocks = nn.ModuleList([block(width, heads, c.attention_head_dim, *text_width)])
+        self.transformer_blocks = nn.ModuleList([self.block(width, heads, c)])
 
 
 class Transformer2DModel(Transformer):
     """Transformer over the H*W positions of every frame, (B*F,C,H,W) -> the same; text (B,L,D)."""
 
-    def __init__(self, channels, heads, c):
-        super().__init__(channels, heads, c, SpatialTransformerBlock, c.cross_attention_dim)
+    def block(self, width, heads, c):
+        """The block of this kind."""
+        return SpatialTransformerBlock(width, heads, c.attention_head_dim, c.cross_attention_dim)
 
     def forward(self, x, text):
         hidden = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))                   # (B*F, H*W, C)
@@ -748,8 +758,9 @@ class Transformer2DModel(Transformer):
 class TransformerTemporalModel(Transformer):
     """Transformer over the F frames of every position, (B*F,C,H,W) -> the same."""
 
-    def __init__(self, channels, heads, c):
-        super().__init__(channels, heads, c, TemporalTransformerBlock)
+    def block(self, width, heads, c):
+        """The block of this kind."""
+        return TemporalTransformerBlock(width, heads, c.attention_head_dim)
 
     def forward(self, x, frames, motion=None):
         hidden = self.norm(to_plane(x, frames)).permute(0, 3, 2, 1).contiguous()         # (B, H*W, F, C)
@@ -788,8 +799,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, heads * head_dim, bias)
-        self.to_k = nn.Linear(context_width or width, heads * head_dim, bias)
-        self.to_v = nn.Linear(context_width or width, heads * head_dim, bias)
+        self.to_k, self.to_v = (nn.Linear(context_width or width, heads * head_dim, bias) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, width)])    # a list: the keys are to_out.0.*
 
     def forward(self, q_in, k_in, v_in):
@@ -818,69 +828,7 @@ class FeedForward(nn.Module):
         return self.net[2](value * nnf.gelu(gate))
 
 
-class SpatialLoRA(nn.Module):
-    """The helper of `--loss hybrid`: y = W x + B A x in all linear layers of the spatial transformers.
-
-    In 4 of 5 training steps it first learns from one random frame of the clip, seen as a clip of one frame,
-    and stays on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
-    need not hold. It is thrown away afterwards. A (rank, C) starts normal with deviation 1 / rank, B (C,
-    rank) at zero. Source: MotionDirector (arXiv 2310.08465), whose rank and learning rate these are.
-    """
-
-    def __init__(self, unet, generator, rank=32, lr=5e-4):
-        super().__init__()
-        transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
-        self.layers = [layer for m in transformers for layer in m.modules() if isinstance(layer, nn.Linear)]
-        self.frozen = [layer.weight for layer in self.layers]
-        self.a = nn.ParameterList([torch.randn(rank, f.in_features, generator=generator) / rank
-                                   for f in self.layers])
-        self.b = nn.ParameterList([torch.zeros(f.out_features, rank) for f in self.layers])
-        self.to(unet.conv_in.weight.device)
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
-
-    def switch(self, on):
-        """Lends W + B A to the layers as their weight, or gives W back: the very tensor that was there."""
-        for layer, w, a, b in zip(self.layers, self.frozen, self.a, self.b):
-            layer._parameters["weight"] = w + (b @ a).to(w.dtype) if on else w
-
-    def step(self, models, x_t, t, text, target, scaler, generator):
-        """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else is off."""
-        on = torch.rand((), generator=generator).item() < 0.8
-        frame = torch.randint(x_t.shape[2], (), generator=generator).item()
-        self.switch(on)
-        if on:
-            error = nnf.mse_loss(predict(models, x_t[:, :, frame, None], t, text), target[:, :, frame, None])
-            self.optimizer.zero_grad(set_to_none=True)
-            scaler.scale(error).backward()
-            scaler.step(self.optimizer)
-            with torch.no_grad():                              # the clip's step trains the embeddings alone
-                self.switch(on)
-
-
-def scheduler_settings(config):
-    """scheduler_config.json as a checked namespace.
-
-    The config of another sampler (DPM, Euler, PNDM, ...) is taken by its noise schedule, as diffusers'
-    DDIMScheduler.from_config does; what it says about its own way of sampling is ignored.
-    """
-    if config.get("_class_name", "DDIMScheduler") != "DDIMScheduler":
-        if "beta_start" not in config:
-            raise UserError(f"scheduler config: {config['_class_name']} has no noise schedule of betas")
-        config = {**config, "clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
-    return read_config("scheduler", config, dict(
-        num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
-        trained_betas=None, clip_sample=True, set_alpha_to_one=True, steps_offset=0,
-        prediction_type="epsilon", thresholding=False, timestep_spacing="leading",
-        rescale_betas_zero_snr=False,
-    ), implemented=dict(
-        beta_schedule=("linear", "scaled_linear"), trained_betas=(None,), clip_sample=(False,),
-        prediction_type=("epsilon", "v_prediction"), thresholding=(False,), timestep_spacing=("leading",),
-        rescale_betas_zero_snr=(False,)))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Autoencoder: pictures <-> latents (Rombach et al., arXiv 2112.10752)
-# ------------------------------------------------------------------------------------------------------------
+# ---- Autoencoder: pictures <-> latents (Rombach et al., arXiv 2112.10752)
 
 class VAEAttention(Attention):
     """One-head self-attention over all positions of a picture, (N,C,H,W) -> (N,C,H,W), plus the input."""
@@ -900,7 +848,7 @@ class VAEBlock(nn.Module):
 
     def __init__(self, rows, groups, attention=False, downsample=False, upsample=False):
         super().__init__()
-        width = rows[-1][1]
+        width = rows[0][1]
         self.resnets = nn.ModuleList(ResnetBlock2D(*row, groups, 1e-6) for row in rows)
         self.attentions = nn.ModuleList([VAEAttention(width, groups)] if attention else [])
         self.downsamplers = nn.ModuleList([Downsample2D(width, (0, 1, 0, 1))] if downsample else [])
@@ -921,12 +869,10 @@ class VAEHalf(nn.Module):
         super().__init__()
         widths, groups = list(c.block_out_channels)[::1 if encoder else -1], c.norm_num_groups
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
-        levels = nn.ModuleList()
-        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+        levels, resize = nn.ModuleList(), "downsample" if encoder else "upsample"
+        for before, width in zip([widths[0], *widths], widths):
             rows = level_rows(before, width, c.layers_per_block + (not encoder))
-            resize = i < len(widths) - 1
-            levels.append(VAEBlock(rows, groups, downsample=resize and encoder,
-                                   upsample=resize and not encoder))
+            levels.append(VAEBlock(rows, groups, **{resize: len(levels) < len(widths) - 1}))
         self.down_blocks, self.up_blocks = (levels, []) if encoder else ([], levels)
         middle = c.block_out_channels[-1]
         self.mid_block = VAEBlock(level_rows(middle, middle, 2), groups, c.mid_block_add_attention)
@@ -948,34 +894,31 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = read_config("autoencoder", config, dict(
-            in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",),
-            up_block_types=("UpDecoderBlock2D",), block_out_channels=(64,), layers_per_block=1, act_fn="silu",
-            latent_channels=4, norm_num_groups=32, scaling_factor=0.18215, shift_factor=None,
-            latents_mean=None, latents_std=None, use_quant_conv=True, use_post_quant_conv=True,
-            mid_block_add_attention=True,
-        ), implemented=dict(
-            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), act_fn=("silu",),
-            shift_factor=(None,), latents_mean=(None,), latents_std=(None,), use_quant_conv=(True,),
-            use_post_quant_conv=(True,)))
-        if not len(c.block_out_channels) == len(c.down_block_types) == len(c.up_block_types):
-            raise UserError("autoencoder config: block_out_channels and the block types differ in length")
-        self.scaling_factor = c.scaling_factor
-        self.factor = 2 ** (len(c.block_out_channels) - 1)                              # h / H
-        self.encoder = VAEHalf(c, c.in_channels, 2 * c.latent_channels, encoder=True)
-        self.decoder = VAEHalf(c, c.latent_channels, c.out_channels, encoder=False)
-        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+        c = read_config(
+            "autoencoder", config, in_channels=3, out_channels=3, block_out_channels=(64,),
+            layers_per_block=1, latent_channels=4, norm_num_groups=32, scaling_factor=0.18215,
+            mid_block_add_attention=True, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+            only=dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None,
+                      use_quant_conv=True, use_post_quant_conv=True))
+        n = len(c.block_out_channels)
+        if [*c.down_block_types, *c.up_block_types] != ["DownEncoderBlock2D"] * n + ["UpDecoderBlock2D"] * n:
+            raise UserError("autoencoder config: down_block_types and up_block_types should be as many "
+                            "DownEncoderBlock2D and UpDecoderBlock2D as block_out_channels")
+        self.scaling_factor, z = c.scaling_factor, c.latent_channels
+        self.factor = 2 ** (n - 1)                              # h / H
+        self.encoder = VAEHalf(c, c.in_channels, 2 * z, encoder=True)
+        self.decoder = VAEHalf(c, z, c.out_channels, encoder=False)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
 
     def encode(self, x):
-        """(B,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (B,C,H,W); logvar clamped to [-30, 20]."""
+        """(N,3,h,w) in [-1,1] -> mean, logvar of a Gaussian, each (N,C,H,W); logvar clamped to [-30, 20]."""
         # Channels last, here and in `decode`: a third less time on a CPU.
         x = x.contiguous(memory_format=torch.channels_last)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """z (B,C,H,W), unscaled -> (B,3,h,w)"""
+        """z (N,C,H,W), unscaled -> (N,3,h,w)"""
         return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)))
 
 
@@ -989,12 +932,10 @@ def to_uint8(video):
     return ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text encoder: the text tower of CLIP (Radford et al., arXiv 2103.00020)
-# ------------------------------------------------------------------------------------------------------------
+# ---- Text encoder: the text tower of CLIP (Radford et al., arXiv 2103.00020)
 
 # OpenAI's CLIP approximates GELU; later ones have the exact one.
-ACTIVATIONS = {"gelu": nnf.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": nnf.gelu}
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -1007,8 +948,7 @@ class CLIPEncoderLayer(nn.Module):
         self.heads, self.causal, self.activation = c.num_attention_heads, causal, ACTIVATIONS[c.hidden_act]
         self.self_attn = nn.ModuleDict({name: nn.Linear(c.hidden_size, c.hidden_size)
                                         for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
-        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
                                   "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
 
@@ -1049,11 +989,10 @@ class CLIPTextModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = read_config("text encoder", config, dict(
-            vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
-            num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-        ), implemented={"hidden_act": tuple(ACTIVATIONS)})
-        self.text_model = CLIPTextTransformer(c)
+        self.text_model = CLIPTextTransformer(read_config(
+            "text encoder", config, vocab_size=49408, hidden_size=512, intermediate_size=2048,
+            num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, layer_norm_eps=1e-5,
+            only=dict(hidden_act=tuple(ACTIVATIONS))))
 
     def forward(self, ids):
         return self.text_model(ids)
@@ -1065,9 +1004,7 @@ def encode_prompt(models, prompts):
     return models.text_encoder(models.tokenizer(prompts).to(models.device))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizer: byte-pair encoding as in OpenAI's CLIP
-# ------------------------------------------------------------------------------------------------------------
+# ---- Tokenizer: byte-pair encoding as in OpenAI's CLIP
 
 def byte_alphabet():
     """256 printable characters, one per byte: BPE merges are text, and a raw byte may not be printable."""
@@ -1090,7 +1027,8 @@ class CLIPTokenizer:
         self.rank = {pair: n for n, pair in enumerate(merges)}  # (left, right) -> priority, 0 is merged first
         self.alphabet = byte_alphabet()
         self.noticed = set()                                    # prompts of which a cut was already reported
-        names = [(special or {}).get(f"{use}_token", "<|startoftext|>" if use == "bos" else "<|endoftext|>")
+        start, end = "<|startoftext|>", "<|endoftext|>"
+        names = [(special or {}).get(f"{use}_token") or (start if use == "bos" else end)
                  for use in ("bos", "eos", "unk", "pad")]
         # an entry is either the token itself or a dict that describes it
         names = [name["content"] if isinstance(name, dict) else name for name in names]
@@ -1119,13 +1057,13 @@ class CLIPTokenizer:
             with built_from(folder / "merges.txt"):
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        merges = [tuple(m.split() if isinstance(m, str) else m) for m in merges]
         told = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             told.update(read_json(folder / name) if (folder / name).is_file() else {})
         length = told.get("model_max_length") or 77
         if length < 3:
             raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length} leaves no room")
+        merges = [tuple(m.split() if isinstance(m, str) else m) for m in merges]
         return cls(vocab, merges, told, 77 if length > 1e6 else int(length))
 
     @staticmethod
@@ -1154,8 +1092,7 @@ class CLIPTokenizer:
         for piece in self.special_pattern.split(self.clean(text)):
             for word in [piece] if piece in self.special else self.WORDS.findall(piece):
                 ids += [self.special[word]] if word in self.special else self.bpe(word)
-                if len(ids) > self.length - 2:
-                    cut.append(word)
+                cut += [word] if len(ids) > self.length - 2 else []
         if cut and text not in self.noticed:
             self.noticed.add(text)
             print(f"notice: a prompt has more than the {self.length - 2} tokens that the model reads; "
@@ -1168,61 +1105,70 @@ class CLIPTokenizer:
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Motions at other sizes and in files; interrupted trainings
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+#   PLUMBING: files, checkpoints, hub, video, pictures, command line. Nothing below is about the method
+# ============================================================================================================
+
+# ---- Motions at other sizes and in files; interrupted trainings
 
 def resized(m, first, trained_grid, frames, grid):
     """An embedding (1 or H*W, F, C) for another number of frames or grid (H, W) than it was trained on.
 
-    first          the first frames count, as in the authors' files of 32 slots; else time is stretched
-    trained_grid   (H, W), or None where the file did not say
+    first: the first frames count, as in the authors' files of 32 slots; else time is stretched.
+    trained_grid: (H, W), or None where the file did not say.
     """
     if first and frames <= m.shape[1]:
         m = m[:, :frames]
     elif frames != m.shape[1]:
         # align_corners: first and last frame stay what they are, and a steady drift stays steady.
         m = nnf.interpolate(m.transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
-    if len(m) > 1 and trained_grid is None and len(m) != math.prod(grid):
+    if len(m) == 1 or trained_grid == tuple(grid):
+        return m
+    if trained_grid is None and len(m) != math.prod(grid):
         raise UserError(f"the motion file was made for {len(m)} positions and does not say in which shape; "
                         f"this size has {grid[0]}x{grid[1]}: use the --size that it was trained with")
-    if len(m) > 1 and trained_grid not in (None, tuple(grid)):
-        plane = m.permute(1, 2, 0).unflatten(2, trained_grid)                            # (F, C, H, W)
-        plane = nnf.interpolate(plane, tuple(grid), mode="bilinear", align_corners=False)
-        m = plane.flatten(2).permute(2, 0, 1)
-    return m
+    plane = m.permute(1, 2, 0).unflatten(2, trained_grid or tuple(grid))                 # (F, C, H, W)
+    plane = nnf.interpolate(plane, tuple(grid), mode="bilinear", align_corners=False)
+    return plane.flatten(2).permute(2, 0, 1)
 
 
-def read_motion_file(path):
-    """A motion file's tensors, and what it says about them: dict(frames, grids, source, settings).
+def block_of(key):
+    """BLOCK.pos_embed, BLOCK.attn1.vSpatial or BLOCK.attn2.vSpatial -> BLOCK; ValueError: another key."""
+    if not (found := re.fullmatch(r"(.+)\.(pos_embed|attn[12]\.vSpatial)", key)):
+        raise UserError("not a motion file: its keys must end in pos_embed or vSpatial")
+    return found[1]
 
-    Two kinds: safetensors by MotionEmbeddings.save, and motion_embed.pt by the authors, which says nothing.
+
+def read_motion(path):
+    """A motion file -> MotionEmbeddings in eval mode: safetensors by `save`, or the authors' motion_embed.pt.
+
     UserError: other tensors, values that are not finite, settings that cannot be.
     """
-    tensors, block = load_tensors(path), MotionEmbeddings.block
+    tensors = load_tensors(path)
     with built_from(path, "has settings that cannot be read"):
-        if not tensors or any(not key.endswith(MotionEmbeddings.PARTS) for key in tensors):
-            raise UserError("not a motion file: its keys must end in pos_embed or vSpatial")
+        if not tensors:
+            raise UserError("not a motion file: it is empty")
         metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
-        about = json.loads(metadata.get("mini_mi", "{}"))
+        about = json.loads(metadata.get("mini_mi", "{}"))                            # the authors say nothing
+        settings = dict(use_mqk=any(key.endswith("pos_embed") for key in tensors),
+                        use_mv=any(key.endswith("vSpatial") for key in tensors))
+        settings |= {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
+        debias(torch.zeros(1, 1, 1), settings.get("debias", "diff"))                # refuses an unknown mode
         # In files of the first edition "fixed_slots" marks what came from a file of the authors.
         frames = None if about.get("fixed_slots") else about.get("frames")
-        grids = {}
+        motion = MotionEmbeddings(None, frames, None, None, **settings)
+        motion.source = dict(about.get("source", {}))
         for key, m in tensors.items():
-            grid = about.get("grids", {}).get(block(key))
-            grids[block(key)] = grid = grid and tuple(grid)
+            grid = about.get("grids", {}).get(block_of(key))
+            motion.grids[block_of(key)] = grid = grid and tuple(grid)
             if (m.dim() != 3 or len(m) not in (1, math.prod(grid) if grid else len(m))
                     or frames not in (None, m.shape[1])):
                 raise UserError(f"{key} has the shape {tuple(m.shape)}, which does not fit "
                                 f"{frames or 'any number of'} frames on the grid {grid}")
             if not m.isfinite().all():
                 raise UserError(f"{key} has values that are not finite; train the motion again")
-        settings = dict(use_mqk=any(key.endswith("pos_embed") for key in tensors),
-                        use_mv=any(key.endswith("vSpatial") for key in tensors))
-        settings |= {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
-        debias(torch.zeros(1, 1, 1), settings.get("debias", "diff"))                # refuses an unknown mode
-        source = dict(about.get("source", {}))
-        return tensors, dict(frames=frames, grids=grids, source=source, settings=settings)
+            motion[key] = m.float()
+        return motion.eval()
 
 
 def save_state(path, parts, generator, losses):
@@ -1253,9 +1199,6 @@ def load_state(path, parts, generator, steps):
     except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
         raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
                         "delete it to start over") from None
-
-
-# =================================== PLUMBING: nothing below is about the method ==========================
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1322,23 +1265,26 @@ def read_json(path):
     return value
 
 
-def read_config(kind, config, fields, implemented=None):
+def read_config(kind, config, only=None, **fields):
     """The settings of one model as a namespace: the reference library's defaults, overridden by `config`.
 
     Unknown fields of the dict are ignored: what would add weights is caught by the strict load.
-    fields       {field: default of diffusers or transformers}; None says nothing of its kind
-    implemented  {field: the values that this file implements}; any other value is a UserError
+    fields  {field: default of diffusers or transformers}
+    only    {field: the one value that this file implements, or a tuple of them, the default first}
     """
     settings = {field: config.get(field, default) for field, default in fields.items()}
-    for field, value in settings.items():
-        default, values = fields[field], value if isinstance(value, (list, tuple)) else [value]
-        allowed = (implemented or {}).get(field, values)
-        if any(one not in allowed for one in values):
-            raise UserError(f"{kind} config: {field} = {value} is not implemented, only {allowed}")
+    for field, default in fields.items():
+        value, number = settings[field], type(default) in (int, float)
         # Most values of the wrong kind fail where the part is built, see built_from; numbers may fail at use.
-        number, wrong = type(default) in (int, float), isinstance(default, tuple) and values is not value
+        wrong = isinstance(default, tuple) and not isinstance(value, (list, tuple))
         if wrong or number and not (isinstance(value, (int, float)) and (value > 0 or value >= default)):
             raise UserError(f"{kind} config: {field} = {value!r} cannot be; a usual value is {default!r}")
+    for field, values in (only or {}).items():
+        values = values if isinstance(values, tuple) else (values,)
+        settings[field] = value = config.get(field, values[0])
+        each = value if isinstance(value, (list, tuple)) else [value]
+        if any(one not in values for one in each):
+            raise UserError(f"{kind} config: {field} = {value} is not implemented, only {values}")
     return SimpleNamespace(**settings)
 
 
@@ -2029,15 +1975,14 @@ def loss_curve(losses):
     return image.resize((900, 480), Image.Resampling.LANCZOS)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
-# What a model was trained for; options that are not given take these.
+# ---- Command line: the settings, and `run`, the main job
+
+HERE = Path(__file__).resolve().parent
+# What a model was trained for; options that are not given take these. The second ones are the paper's.
 MODEL_DEFAULTS = {
     "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.02, batch=2, sample_steps=25, guidance=1.5),
     "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, batch=1, sample_steps=30,
-                  guidance=12.0),                            # the paper's
-}
+                  guidance=12.0)}
 INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
 TRAINING = ("steps", "lr", "batch", "seed", "loss", "checkpointing")  # train_motion's arguments
 
@@ -2093,16 +2038,6 @@ class Config:
     dtype: str = option("auto", "number format of the UNet; auto: float16 on cuda, float32 elsewhere",
                         choices=("auto", "float32", "bfloat16", "float16"))
     dry_run: bool = option(False, "say what would happen, and stop")
-
-
-def model_defaults(model):
-    """The defaults of a model; folders that data/make_tiny.py wrote have its small UNet, and take tiny's."""
-    folder = local_folder(model)
-    if folder is None:
-        return MODEL_DEFAULTS["other"]
-    with built_from(folder / "unet" / "config.json"):
-        widths = unet_settings(read_json(folder / "unet" / "config.json")).block_out_channels
-        return MODEL_DEFAULTS["tiny" if widths[0] <= 64 else "other"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -2161,6 +2096,15 @@ def pick_device(name):
     return name
 
 
+def model_defaults(model):
+    """The defaults of a model; folders that data/make_tiny.py wrote have its small UNet, and take tiny's."""
+    if local_folder(model) is None:
+        return MODEL_DEFAULTS["other"]
+    with built_from(f"{model}: unet/config.json"):
+        c = read_config("UNet", model_config(model, "unet"), block_out_channels=(320,))
+        return MODEL_DEFAULTS["tiny" if c.block_out_channels[0] <= 64 else "other"]
+
+
 def complete(config, source):
     """Fills in what was not given: as the motion file was trained, as clips.json says, as the model likes it.
 
@@ -2190,8 +2134,7 @@ def complete(config, source):
         with built_from(listing):
             about = read_json(listing).get(Path(config.video).stem, {})
             config.prompts = tuple(config.prompts) or tuple(map(str, about.get("prompts", ())[:2]))
-            if config.source_prompt is None:
-                config.source_prompt = about.get("caption")
+            fill({"source_prompt": about.get("caption")})
     if not config.prompts:
         raise UserError('nothing to generate: say what the new clip shows, --prompt "..."')
     if config.source_prompt is None and not config.motion:
@@ -2205,24 +2148,24 @@ def complete(config, source):
         config.dtype = "float16" if config.device.startswith("cuda") else "float32"
 
 
-def grids(config):
+def sizes(config):
     """((width, height) in pixels, (H, W) in latents) of the configured size. UserError: it cannot be."""
     with built_from(f"{config.model}: vae/config.json"):
         factor = 2 ** (len(model_config(config.model, "vae").get("block_out_channels", (64,))) - 1)
-    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", config.size)
-    width, height = map(int, size.groups()) if size else (0, 0)
-    if not size or width % factor or height % factor:
-        near = "x".join(str(max(1, round(n / factor)) * factor) for n in (width, height))
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", config.size)
+    pixels = tuple(map(int, found.groups())) if found else (576, 320)
+    near = tuple(max(1, round(n / factor)) * factor for n in pixels)
+    if not found or near != pixels:
         raise UserError(f"--size {config.size}: give it as WIDTHxHEIGHT, both multiples of {factor} for this "
-                        f"model, such as {near if size else '576x320'}")
-    return (width, height), (height // factor, width // factor)
+                        f"model, such as {near[0]}x{near[1]}")
+    return pixels, (pixels[1] // factor, pixels[0] // factor)
 
 
 def describe(config, motion):
     """What a run will do, as lines."""
-    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
     how = f"reuse {config.motion}" if config.motion else (
         f"train {config.steps} steps of {config.batch}, lr {config.lr}, loss {config.loss}")
+    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
     count = sum(p.numel() for p in motion.parameters())
     return "\n".join([
         f"model      {config.model} on {config.device}, {config.dtype}",
@@ -2249,17 +2192,16 @@ def set_aside(out, in_use):
             return kept
         older = next(out / f"previous-{n}" for n in range(1, 10**6) if not (out / f"previous-{n}").exists())
         older.mkdir()
-        # By their names alone: a record that was tampered with cannot move files from elsewhere.
         for name in [*read_json(out / "run.json").get("files", []), "run.json"]:
-            path = out / Path(str(name)).name
+            path = out / Path(str(name)).name             # a record cannot move files from elsewhere
             if path.resolve() in in_use:
                 kept.append(path.name)
             elif path.is_file():
                 os.replace(path, older / path.name)
-        print(f"the earlier results in {out} are in {older} now")
-        return kept
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
+    print(f"the earlier results in {out} are in {older} now")
+    return kept
 
 
 def learn(config, models, latents, text, settings, place):
@@ -2298,7 +2240,7 @@ def run(config):
     """The main job: train (or load) the reference's motion, sample every prompt, write all to config.out."""
     motion = MotionEmbeddings.load(config.motion) if config.motion else None
     complete(config, motion.source if motion else {})
-    (pixels, grid), out, seconds, files = grids(config), Path(config.out), {}, []
+    (pixels, grid), out, seconds, files = sizes(config), Path(config.out), {}, []
     began = time.perf_counter()
     if motion:
         motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv

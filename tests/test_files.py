@@ -287,10 +287,12 @@ def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tin
 
 
 def test_unknown_fields_are_ignored_and_known_ones_are_not(tmp_path):
-    fields = dict(width=4, kind="a", parts=(1, 2), rate=0.5, other=None)
-    config = mini_mi.read_config("x", dict(width=8, magic=True, rate=1, other=[3], _private=0), fields, dict(kind=("a",)))
-    assert vars(config) == dict(width=8, kind="a", parts=(1, 2), rate=1, other=[3])
+    fields = dict(width=4, parts=(1, 2), rate=0.5, other=None, only=dict(kind="a", side=("left", "right")))
+    config = mini_mi.read_config("x", dict(width=8, magic=True, rate=1, other=[3], _private=0), **fields)
+    assert vars(config) == dict(width=8, kind="a", side="left", parts=(1, 2), rate=1, other=[3])
+    assert mini_mi.read_config("x", dict(side="right"), **fields).side == "right"
     for bad, match in ((dict(kind="b"), "kind = b is not implemented"), (dict(width="8"), "width = '8'"),
-                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate")):
+                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate"), (dict(side=["up"]), "side"),
+                       (dict(parts=3), "parts = 3")):
         with pytest.raises(mini_mi.UserError, match=match):
-            mini_mi.read_config("x", bad, fields, dict(kind=("a",)))
+            mini_mi.read_config("x", bad, **fields)
