@@ -531,7 +531,7 @@ class UNet3DConditionModel(nn.Module):
         known = all(kind in kinds[0] for kind in c.down_block_types) and any(attention)
         if not known or len(attention) != n or list(c.up_block_types) != [
                 kind.replace("Down", "Up") for kind in reversed(c.down_block_types)]:
-            raise UserError(f"UNet config: down_block_types {c.down_block_types} and their mirror up_block_types "
+            raise UserError(f"UNet config: down_block_types {c.down_block_types}, and their mirror "
                             f"should be of {kinds[0][2:]}, one with attention, as many as block_out_channels")
 
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
@@ -897,7 +897,8 @@ class AutoencoderKL(nn.Module):
         c = read_config(
             "autoencoder", config, in_channels=3, out_channels=3, block_out_channels=(64,),
             layers_per_block=1, latent_channels=4, norm_num_groups=32, scaling_factor=0.18215,
-            mid_block_add_attention=True, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+            mid_block_add_attention=True,
+            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
             only=dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None,
                       use_quant_conv=True, use_post_quant_conv=True))
         n = len(c.block_out_channels)
