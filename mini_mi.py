@@ -26,7 +26,6 @@ Letters:  B batch   F frames   C channels   H W latent grid, or what a level of 
 """
 
 import argparse
-import bisect
 import contextlib
 import dataclasses
 import functools
@@ -35,7 +34,6 @@ import html
 import http.client
 import json
 import math
-import mmap
 import os
 import platform
 import re
@@ -51,17 +49,16 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import ftfy
 import numpy as np
 import regex
 import torch
 import torch.nn.functional as nnf
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -1202,9 +1199,8 @@ def load_state(path, parts, generator, steps):
                         "delete it to start over") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files: written beside their place and renamed; configs and tensors are read without trusting the file
-# ------------------------------------------------------------------------------------------------------------
+# ---- Files: written beside their place and renamed; configs and tensors are read without trusting the file
+
 def one_line(error):
     """The first line of what another library says, to end a message of ours with."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -1212,11 +1208,8 @@ def one_line(error):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, else delete it.
-
-    The folder is created. A reader of `path` meets the old file or the whole new one, never a part of it.
-    UserError: the place cannot be written, the disk is full.
-    """
+    """Yield a temporary path beside `path`, renamed to it when the block succeeds, else deleted: nobody meets
+    a part of a file. The folder is created. UserError: the place cannot be written, the disk is full."""
     path = Path(path)
     # The suffix stays last: PIL and ffmpeg choose the format by it. Machines that share a folder can have
     # processes of one number.
@@ -1236,12 +1229,15 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def built_from(path, problem="cannot be used"):
-    """Guards code that builds something from a file: whatever goes wrong there is the file's fault, by name.
+    """Guards code that builds something from a file: whatever goes wrong is a UserError that names the file.
 
-    A number where a list belongs, a negative width or a missing field raises any error, anywhere. This is the
-    one place that turns them into a UserError, so the code inside need not check for them.
+    A number where a list belongs or a missing field raises any error, anywhere: nothing inside checks for it.
     """
     try:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                if file.read(40).startswith(b"version https://git-lfs.github.com/"):
+                    raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
         yield
     except UserError as error:
         if str(path) in str(error):
@@ -1251,9 +1247,6 @@ def built_from(path, problem="cannot be used"):
         reason = f"{type(error).__name__}: {one_line(error)}"
         if getattr(error, "strerror", None):                                 # the file system's own errors
             problem, reason = "cannot be read", error.strerror
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs.github.com/"):
-                problem, reason = "is a git-lfs pointer, not the file itself", "run `git lfs pull` there"
         raise UserError(f"{path} {problem} ({reason}); get it again") from error
 
 
@@ -1267,47 +1260,41 @@ def read_json(path):
 
 
 def read_config(kind, config, only=None, **fields):
-    """The settings of one model as a namespace: the reference library's defaults, overridden by `config`.
+    """The settings of a model as a namespace: field=default as in the reference library, unless in `config`.
 
-    Unknown fields of the dict are ignored: what would add weights is caught by the strict load.
-    fields  {field: default of diffusers or transformers}
-    only    {field: the one value that this file implements, or a tuple of them, the default first}
+    only: {field: what is implemented, a value or a tuple of them, the default first}; of a list in `config`,
+    every element must be in it. Fields not named here are ignored: the strict load finds what adds weights.
     """
+    only = {field: value if isinstance(value, tuple) else (value,) for field, value in (only or {}).items()}
+    fields = {**{field: values[0] for field, values in only.items()}, **fields}
     settings = {field: config.get(field, default) for field, default in fields.items()}
-    for field, default in fields.items():
-        value, number = settings[field], type(default) in (int, float)
+    for field, value in settings.items():
+        default, values = fields[field], value if isinstance(value, (list, tuple)) else [value]
+        if any(one not in only.get(field, values) for one in values):
+            raise UserError(f"{kind} config: {field} = {value} is not implemented, only {only[field]}")
         # Most values of the wrong kind fail where the part is built, see built_from; numbers may fail at use.
-        wrong = isinstance(default, tuple) and not isinstance(value, (list, tuple))
+        number, wrong = type(default) in (int, float), isinstance(default, tuple) and values is not value
         if wrong or number and not (isinstance(value, (int, float)) and (value > 0 or value >= default)):
             raise UserError(f"{kind} config: {field} = {value!r} cannot be; a usual value is {default!r}")
-    for field, values in (only or {}).items():
-        values = values if isinstance(values, tuple) else (values,)
-        settings[field] = value = config.get(field, values[0])
-        each = value if isinstance(value, (list, tuple)) else [value]
-        if any(one not in values for one in each):
-            raise UserError(f"{kind} config: {field} = {value} is not implemented, only {values}")
     return SimpleNamespace(**settings)
 
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "BOOL": torch.bool}
 
 
-def _read_safetensors(path):
+def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
-        with open(path, "rb") as file:
-            # Pages load when they are used; ACCESS_COPY: writing into a tensor does not change the file.
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + int.from_bytes(memory[:8], "little")
-        header = json.loads(memory[8:start])
+        # Mapped: pages load when they are used. Not shared: writing into a tensor does not change the file.
+        data = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+        header, data, tensors, position = json.loads(data[8:start].numpy().tobytes()), data[start:], {}, 0
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
-        data, tensors, position = torch.frombuffer(memory, dtype=torch.uint8)[start:], {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
             dtype = SAFETENSORS_DTYPES[kind]
@@ -1323,22 +1310,22 @@ def _read_safetensors(path):
     return tensors, metadata
 
 
+def read_metadata(path):
+    """The {str: str} metadata of a safetensors file; {} where it has none."""
+    return read_safetensors(path)[1]
+
+
 def load_tensors(path):
     """{name: tensor on the CPU} from .safetensors, or from .bin / .pt / .pth without running code from it.
 
     UserError: missing, truncated, offsets that lie, unknown dtype, a pickle that holds more than tensors.
-    A pickle is a program; `weights_only` refuses every call but the few that build tensors.
     """
     if Path(path).suffix == ".safetensors":
-        return _read_safetensors(path)[0]
+        return read_safetensors(path)[0]
+    # A pickle is a program; `weights_only` refuses every call but the few that build tensors.
     with built_from(path, "was refused: it is damaged, or holds code or objects beside a dict of tensors"):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def read_metadata(path):
-    """The {str: str} metadata of a safetensors file; {} where it has none."""
-    return _read_safetensors(path)[1]
 
 
 def save_safetensors(path, tensors, metadata=None):
@@ -1358,12 +1345,12 @@ def save_safetensors(path, tensors, metadata=None):
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Loading a checkpoint: a folder in diffusers layout
-# ------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints: folders in diffusers layout; the hub, from which files are fetched into such a folder
+
 ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
 # The parts with weights, and what their files are called before ".safetensors" or ".bin".
 PARTS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before mid-2023
 
 
 @dataclasses.dataclass
@@ -1374,51 +1361,22 @@ class Models:
     vae: AutoencoderKL
     unet: UNet3DConditionModel
     scheduler: DDIMScheduler
-
-    @property
-    def device(self):
-        """Where the networks are."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self):
-        """The number format of the UNet's weights."""
-        return self.unet.conv_in.weight.dtype
-
-
-def rename_keys(tensors, text_encoder=False):
-    """The differences between files in circulation and the keys of this file."""
-    renamed = {}
-    for key, value in tensors.items():
-        if key.endswith(".position_ids"):            # a constant 0, 1, 2, ... that old text encoders store
-            continue
-        if text_encoder and not key.startswith("text_model."):                     # written by transformers 5
-            key = f"text_model.{key}"
-        # The autoencoder's attention in files saved before mid-2023.
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-            key = re.sub(rf"(mid_block\.attentions\.0)\.{old}\.", rf"\1.{new}.", key)
-        renamed[key] = value
-    return renamed
+    device = property(lambda self: self.unet.conv_in.weight.device, doc="Where the networks are.")
+    dtype = property(lambda self: self.unet.conv_in.weight.dtype, doc="Number format of the UNet's weights.")
 
 
 def weight_names(stem):
     """The names that weights go by, the best first: safe or pickled, full or fp16, one file or an index."""
+    forms = ("{}.{}", "{}.{}.index.json", "{}.fp16.{}", "{}.fp16.{}.index.json", "{}.{}.index.fp16.json")
     pickled = "pytorch_model" if stem == "model" else stem
-    names = [name for base, kind in ((stem, "safetensors"), (pickled, "bin")) for variant in ("", ".fp16")
-             for name in (f"{base}{variant}.{kind}", f"{base}{variant}.{kind}.index.json",
-                          f"{base}.{kind}.index{variant}.json")]
-    return list(dict.fromkeys(names))                                # without a variant two of them are one
+    return [form.format(*base) for base in ((stem, "safetensors"), (pickled, "bin")) for form in forms]
 
 
 def shards(path):
-    """The weight files behind `path`: itself, or those that the index names, all of them beside it."""
-    if ".index." not in path.name:
-        return [path]
+    """The weight files behind `path`: itself, or those beside it that it names if it is an index."""
     with built_from(path):
-        names = sorted(set(read_json(path)["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError("a shard in another folder")
-    return [path.with_name(name) for name in names]
+        names = set(read_json(path)["weight_map"].values()) if ".index." in path.name else [path.name]
+        return [path.with_name(name) for name in sorted(names)]        # ValueError: a file in another folder
 
 
 def load_module(build, folder, stem, device, dtype):
@@ -1428,10 +1386,13 @@ def load_module(build, folder, stem, device, dtype):
     path = next((folder / name for name in weight_names(stem) if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder} holds no weights, such as {stem}.safetensors; get the model folder again")
-    tensors = {}
-    for file in shards(path):
-        tensors.update(rename_keys(load_tensors(file), text_encoder=build is CLIPTextModel))
-    expected = module.state_dict()
+    expected, tensors = module.state_dict(), {}
+    for key, value in (item for file in shards(path) for item in load_tensors(file).items()):
+        key = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
+                     lambda match: OLD_ATTENTION[match[0]], key)
+        prefix = "text_model." if f"text_model.{key}" in expected else ""       # transformers 5 leaves it out
+        if not key.endswith(".position_ids"):          # a constant 0, 1, 2, ... that old text encoders store
+            tensors[prefix + key] = value
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
     if missing or extra or wrong:
@@ -1463,11 +1424,8 @@ def model_config(model, part):
 
 
 def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
-    """Models from a folder in diffusers layout or from a hub repository.
-
-    The UNet and the text encoder take `dtype`. The autoencoder stays float32: in float16 it can overflow, and
-    its cost is small next to the UNet's.
-    """
+    """Models from a folder in diffusers layout or from a hub repository; `dtype` is not the autoencoder's:
+    in float16 it can overflow, and it costs little next to the UNet, so it stays float32."""
     folder = local_folder(folder_or_repo) or fetch_model(folder_or_repo)
     schedule = folder / "scheduler" / "scheduler_config.json"
     # Both parts without weights are tried, too: a value of the wrong kind may show only at use.
@@ -1480,15 +1438,12 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
         scheduler.timesteps(1)
     if (name := config.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
         print(f"scheduler: the noise schedule of {name} is taken; sampling is by DDIM")
-    text_encoder, vae, unet = (
+    return Models(tokenizer, *(
         load_module(build, folder / part, PARTS[part], device, torch.float32 if part == "vae" else dtype)
-        for part, build in zip(PARTS, (CLIPTextModel, AutoencoderKL, UNet3DConditionModel)))
-    return Models(tokenizer, text_encoder, vae, unet, scheduler)
+        for part, build in zip(PARTS, (CLIPTextModel, AutoencoderKL, UNet3DConditionModel))), scheduler)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hub: {endpoint}/{repo}/resolve/{revision}/{file}; resumed, verified, cached
-# ------------------------------------------------------------------------------------------------------------
+# Of these another attempt may help.
 NETWORK_ERRORS = ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException, ssl.SSLError
 
 
@@ -1496,20 +1451,66 @@ class NotOnHub(UserError):
     """The hub has no such file (404), or may not be asked. Some files are optional."""
 
 
-class HubRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects; the token stays with the hub's host; hash and size come with the first answer."""
-    linked = None
+def download(url, target, token):
+    """Bring `url` to `target` by way of a part file that a later call continues; False if it is not there.
 
-    def redirect_request(self, request, answer, code, message, headers, url):
-        """The request that follows; None, and with it an HTTPError, where the way leaves the web."""
-        if urlsplit(url).scheme not in ("http", "https"):
-            return None
-        following = super().redirect_request(request, answer, code, message, headers, url)
-        if self.linked is None and headers.get("X-Linked-Etag"):
-            self.linked = headers
-        if following and urlsplit(url)[:2] == urlsplit(request.full_url)[:2]:     # a renamed repository
-            following.unredirected_hdrs.update(request.unredirected_hdrs)         # the token, if it has it
-        return following
+    Raises one of NETWORK_ERRORS where another attempt may help, UserError where it will not.
+    """
+    # The part is named by the SHA-256 of the whole, so that parts of two versions are never joined.
+    kept = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
+    offset, place, linked = kept.stat().st_size if kept else 0, url, None
+    digest = hashlib.sha256(np.memmap(kept, mode="r") if offset else b"")    # mapped: it may have gigabytes
+    headers = {"Range": f"bytes={offset}-"} if offset else {}
+    headers.update({"Authorization": f"Bearer {token}"} if token else {})
+    # Without the handlers that follow redirects and raise for a status: the hub's own answer tells hash and
+    # size, and the storage to which it sends one on must not see the token.
+    web = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        web.add_handler(handler())
+    for _ in range(9):
+        answer = web.open(urllib.request.Request(place, headers=headers), timeout=30)
+        linked = linked or answer.headers.get("X-Linked-Etag") and answer.headers
+        before, place = place, urljoin(place, answer.headers.get("Location", ""))
+        if answer.status not in (301, 302, 303, 307, 308) or not place.startswith(("http:", "https:")):
+            break
+        if urlsplit(place)[:2] != urlsplit(before)[:2]:
+            headers.pop("Authorization", None)
+    with answer:
+        if answer.status == 404:
+            return False
+        if answer.status in (401, 403):
+            raise UserError(f"{url} was refused ({answer.status}): no such repository, or a gated one: "
+                            "accept its terms on its page and set HF_TOKEN")
+        if 300 <= answer.status < 400:
+            raise UserError(f"{url}: the redirects lead nowhere; check HF_ENDPOINT")
+        if answer.status not in (200, 206, 416):
+            raise ConnectionError(f"the server answered {answer.status}")
+        linked = linked or answer.headers
+        sha256 = linked.get("X-Linked-Etag", "").strip('"')
+        sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else ""  # small files carry a git SHA-1 there
+        part = target.with_name(f".{target.name}.{sha256}.part")
+        if kept not in (None, part):
+            kept.unlink()                                                # it is no beginning of this file
+            raise ConnectionError("the file on the hub has changed")
+        if answer.status == 200:                           # all of it, also from servers that ignore Range
+            offset, digest = 0, hashlib.sha256()
+        size = int(linked.get("X-Linked-Size") or offset + int(answer.headers.get("Content-Length") or 0))
+        with open(part, "ab" if offset else "wb") as file, tqdm.wrapattr(
+                file, "write", size, initial=offset, desc=target.name, disable=not sha256) as watched:
+            # 416: nothing follows the part. It may be all of it, if a process ended before the check below.
+            while answer.status != 416 and (block := answer.read(1 << 20)):
+                digest.update(block)
+                watched.write(block)
+    if (have := part.stat().st_size) < size:
+        raise ConnectionError(f"the connection ended at byte {have} of {size}")
+    if sha256 and digest.hexdigest() != sha256:
+        part.unlink()
+        # Of a part that was continued the damage may be old, and another attempt begins afresh.
+        raise (ConnectionError if offset else UserError)(
+            f"{target.name} arrived damaged (the hub says SHA-256 {sha256[:12]}...) and was deleted: "
+            "run it again, or check HF_ENDPOINT")
+    os.replace(part, target)
+    return True
 
 
 def hub_path(variable, below):
@@ -1518,148 +1519,78 @@ def hub_path(variable, below):
     return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
 
 
-def repo_cache(repo, revision="main"):
-    """(repository, folder of its files, revision); the folder is huggingface_hub's snapshot if there is one.
+def fetch(repo, *names):
+    """Path in the cache of the first of `names` that hub repository `repo` (owner/name[@revision]) has.
 
-    repo: "owner/name", "owner/name@revision" or an alias. UserError: another form.
+    What is in the cache, by any of the names, is not asked for. Environment: HF_ENDPOINT (hub), HF_TOKEN and
+    HF_TOKEN_PATH (gated models), HF_HOME and HF_HUB_CACHE (files), HF_HUB_OFFLINE (ask no one).
+    UserError: no network, refused, damaged, disk full; NotOnHub: 404, or not in the cache while offline.
     """
-    repo, _, asked = str(repo).partition("@")
-    repo, revision = ALIASES.get(repo, repo), asked or revision
+    repo, _, revision = str(repo).partition("@")
+    repo, revision = ALIASES.get(repo, repo), revision or "main"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or ".." in revision:
         raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name)")
     store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
     with contextlib.suppress(OSError):       # refs/main holds the commit that it was when it was fetched
         revision = (store / "refs" / revision).read_text("utf-8").strip()
-    theirs, ours = store / "snapshots" / revision, hub_path("", "mini_mi") / repo.replace("/", "--")
-    return repo, theirs if theirs.is_dir() else ours / quote(revision, safe=""), revision
-
-
-def _download(url, target, token):
-    """Bring `url` to `target` by way of a part file that a later call continues.
-
-    The part is named by the SHA-256 of the whole, so that parts of two versions are never joined. Raises one
-    of NETWORK_ERRORS where another attempt may help, UserError where it will not.
-    """
-    kept = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
-    offset = kept.stat().st_size if kept else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    redirects = HubRedirects()
-    try:
-        answer = urllib.request.build_opener(redirects).open(request, timeout=30)
-    except urllib.error.HTTPError as error:  # urllib raises all but 2xx; it is an answer all the same
-        answer = error
-    with answer:
-        if answer.status == 404:
-            raise NotOnHub(f"{url} does not exist (404): check the name of the folder or repository")
-        if answer.status in (401, 403):
-            raise UserError(f"{url} was refused ({answer.status}): no such repository, or a gated one: "
-                            "accept its terms on its page and set HF_TOKEN")
-        if 300 <= answer.status < 400:
-            raise UserError(f"{url}: the redirects lead nowhere; check HF_ENDPOINT")
-        if answer.status not in (200, 206, 416):
-            raise ConnectionError(f"the server answered {answer.status}")
-        linked = redirects.linked or answer.headers
-        sha256 = linked.get("X-Linked-Etag", "").strip('"')
-        sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else ""  # small files carry a git SHA-1 there
-        size, part = int(linked.get("X-Linked-Size") or 0), target.with_name(f".{target.name}.{sha256}.part")
-        if kept and kept != part:
-            kept.unlink()  # it is no beginning of this file
-            raise ConnectionError("the file on the hub has changed")
-        # 416: nothing follows the part. It may be all of it, if the process ended before the check below.
-        if answer.status != 416:
-            offset = offset if answer.status == 206 else 0  # 200: the server ignores Range and sends it all
-            size = size or offset + int(answer.headers.get("Content-Length") or 0)
-            bar = tqdm(total=size, initial=offset, unit="B", unit_scale=True, desc=target.name,
-                       disable=not sha256)  # small files come without a hash, and need no bar
-            with bar, open(part, "ab" if offset else "wb") as file:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-    digest, have = hashlib.sha256(), part.stat().st_size
-    if have < size:
-        raise ConnectionError(f"the connection ended at byte {have} of {size}")
-    with open(part, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if sha256 and digest.hexdigest() != sha256:
-        part.unlink()
-        # Of a part that was continued the damage may be old, and another attempt begins afresh.
-        raise (ConnectionError if offset else UserError)(
-            f"{target.name} arrived damaged (SHA-256 {digest.hexdigest()[:12]}..., the hub says "
-            f"{sha256[:12]}...) and was deleted: run it again, or check HF_ENDPOINT")
-    os.replace(part, target)
-
-
-def fetch(repo, filename, revision="main"):
-    """Path in the cache of `filename` of hub repository `repo`; downloaded if it is not there.
-
-    Environment: HF_ENDPOINT (hub), HF_TOKEN and HF_TOKEN_PATH (gated models), HF_HOME and HF_HUB_CACHE
-    (where files are; default ~/.cache/huggingface), HF_HUB_OFFLINE (ask no one).
-    UserError: no network, refused, damaged, disk full; NotOnHub: 404, or not in the cache while offline.
-    """
-    repo, folder, revision = repo_cache(repo, revision)
-    target = folder / filename
-    if target.is_file():
-        return target
+    folder = store / "snapshots" / revision                                        # huggingface_hub's own
+    if not folder.is_dir():
+        folder = hub_path("", "mini_mi") / repo.replace("/", "--") / quote(revision, safe="")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise NotOnHub(f"{filename} of {repo} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it: "
+        raise NotOnHub(f"{names[0]} of {repo} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it: "
                        "unset it, or check HF_HOME and HF_HUB_CACHE")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if urlsplit(endpoint).scheme not in ("http", "https"):
+    if not endpoint.startswith(("http://", "https://")):
         raise UserError(f"{endpoint} is no web address: HF_ENDPOINT should look like https://huggingface.co")
-    url = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(filename)}"
-    token = os.environ.get("HF_TOKEN", "")
-    with contextlib.suppress(OSError, UnicodeDecodeError):        # what `hf auth login` stored
-        token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8")
-    for pause in (0.5, 1, 2, 4, None):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _download(url, target, token.strip())
-            return target
-        except NETWORK_ERRORS as error:
-            problem = one_line(getattr(error, "reason", error))
-            if pause is None or pause == 0.5 and isinstance(error, urllib.error.URLError):
-                break  # there is no way to the hub at all: waiting would only delay the message
-            time.sleep(pause)
-        except OSError as error:
-            raise UserError(f"cannot write {target} ({error.strerror}): make room or set HF_HOME") from error
-    proxy = urlsplit(urllib.request.getproxies().get(urlsplit(url).scheme, ""))
-    by_way = f" by way of the proxy {proxy.hostname}:{proxy.port}" if proxy.hostname else ""
-    raise UserError(f"cannot fetch {url}{by_way} ({problem}): check the network, run it again; "
-                    "what came is kept")
-
-
-def _fetch_first(repo, part, choices):
-    """Folder `part` of a repository, with the first of `choices` (tuples of names) that it has whole."""
-    folder, absent = repo_cache(repo)[1] / part, None
-    # What is there already, in whatever form, goes before anything that would have to be fetched.
-    for names in sorted(choices, key=lambda names: not (folder / names[-1]).is_file()):
-        try:
-            for name in names:
-                for file in shards(fetch(repo, (Path(part) / name).as_posix())):
-                    fetch(repo, (Path(part) / file.name).as_posix())
-            return folder
-        except NotOnHub as error:
-            absent = absent or error  # of several misses, the one of the usual name
-    raise absent
+    stored = hub_path("HF_TOKEN_PATH", "token")                                  # by `hf auth login`
+    token = os.environ.get("HF_TOKEN") or (stored.read_text("utf-8") if stored.is_file() else "")
+    for name in names:
+        target, url = folder / name, f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
+        for wait in (0.5, 1, 2, 4, None):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if download(url, target, token.strip()):
+                    return target
+                break
+            except NETWORK_ERRORS as error:
+                # At once where there is no way to the hub at all: waiting would only delay the message.
+                if wait is None or wait == 0.5 and isinstance(error, urllib.error.URLError):
+                    proxy = urlsplit(urllib.request.getproxies().get(urlsplit(url).scheme, ""))
+                    by_way = f" by way of the proxy {proxy.hostname}:{proxy.port}" if proxy.hostname else ""
+                    problem = one_line(getattr(error, "reason", error))
+                    raise UserError(f"cannot fetch {url}{by_way} ({problem}): check the network, run it "
+                                    "again; what came is kept") from error
+                time.sleep(wait)
+            except OSError as error:
+                reason = error.strerror or one_line(error)
+                raise UserError(f"cannot write {target} ({reason}): make room or set HF_HOME") from error
+    raise NotOnHub(f"{endpoint}/{repo} has no {names[0]} (404): check the name of the folder or repository")
 
 
 def fetch_weights(repo, part, stem):
     """Folder with config.json and weights of one part ("" is the repository's root), see weight_names."""
-    return _fetch_first(repo, part, [("config.json", name) for name in weight_names(stem)])
+    part = f"{part}/".lstrip("/")
+    config = fetch(repo, f"{part}config.json")
+    for file in shards(fetch(repo, *(part + name for name in weight_names(stem)))):
+        fetch(repo, part + file.name)
+    return config.parent
 
 
 def fetch_tokenizer(repo, part):
     """Folder with the tokenizer of one part ("" is the repository's root): the files of either generation."""
-    folder = _fetch_first(repo, part, [("vocab.json", "merges.txt"), ("tokenizer.json",)])
+    part = f"{part}/".lstrip("/")
+    first = fetch(repo, f"{part}vocab.json", f"{part}tokenizer.json")
+    if first.name == "vocab.json":
+        fetch(repo, f"{part}merges.txt")
     # Both are optional. Where the config is, which is fetched last, the other has been asked for.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if not (folder / "tokenizer_config.json").is_file():
+        if not first.with_name("tokenizer_config.json").is_file():
             with contextlib.suppress(NotOnHub):
-                fetch(repo, (Path(part) / name).as_posix())
-    return folder
+                fetch(repo, part + name)
+    return first.parent
 
 
 def fetch_model(repo):
@@ -1670,40 +1601,14 @@ def fetch_model(repo):
     return fetch(repo, "scheduler/scheduler_config.json").parent.parent
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else.
-# Each reader knows when its stored frames begin, and the end, as Fractions of seconds from 0. It asks
-# choose(times) for their indices and returns these frames, each (h,w,3) uint8 of the wanted size
-# ------------------------------------------------------------------------------------------------------------
+# ---- Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else
+# A reader gives choose() the times of its stored frames, and the end; it returns the frames of those indices
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_STARTS = (b"GIF8", b"\x89PNG", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")  # content, not suffix
-SMALLEST = 8  # pixels; a smaller frame has no motion worth learning
 # HDR to SDR: light is made linear with SDR's white (203 cd/m2, ITU-R BT.2408) at 1; brighter is compressed.
 SDR = ("zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:param=0.9:desat=0,"
        "zscale=t=bt709:m=bt709:r=tv,format=yuv420p")
-
-
-def choose_frames(times, frames, start, duration):
-    """F indices into `times`: frame i is the one shown at start + (i + 1/2) * duration / F.
-
-    UserError: a part that is not in the clip, or one with fewer stored frames than asked for.
-    """
-    begin, end = Fraction(start), times[-1]
-    stop = end if duration is None else begin + Fraction(duration)
-    slack = end / (10 * max(1, len(times) - 1))                 # a tenth of a frame: files round their times
-    if begin >= end > 0 or stop > end + Fraction(1, 10):        # lengths are told rounded
-        raise UserError(f"it is {float(end):.2f} s long: --start {start:g} and --duration go beyond")
-
-    def shown(moment):
-        """Index of the frame that is on the screen then."""
-        return min(max(bisect.bisect_right(times, moment + slack) - 1, 0), len(times) - 2)
-
-    stop = min(stop, end)
-    stored = bisect.bisect_left(times, stop - slack, 0, len(times) - 1) - max(0, shown(begin))
-    if stored < frames:
-        raise UserError(f"it has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
-                        "take a longer clip, a longer part of it or fewer frames")
-    return [shown(begin + (stop - begin) * (2 * i + 1) / (2 * frames)) for i in range(frames)]
 
 
 @contextlib.contextmanager
@@ -1715,9 +1620,10 @@ def open_picture(path):
             yield image
 
 
-def on_white(image):
-    """PIL image with transparency -> RGB, on white."""
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+def check_size(width, height):
+    """UserError if frames are so small that no motion in them is worth learning."""
+    if min(width, height) < 8:
+        raise UserError(f"frames of {width} x {height} pixels: 8 x 8 are the least")
 
 
 def fit(image, size):
@@ -1725,46 +1631,36 @@ def fit(image, size):
 
     16-bit grey: 65535 is white; floats: 1.0 is white; other ranges are refused.
     """
-    if min(image.size) < SMALLEST:
-        raise UserError(f"frames of {image.size} pixels: {SMALLEST} x {SMALLEST} are the least")
-    mode, white = image.mode, 1 if image.mode == "F" else 65535
-    image = ImageOps.exif_transpose(image)
-    if mode[0] in "IF":                              # I;16, I;16B, I (16-bit PNG in older PIL), F
+    check_size(*image.size)
+    image, white = ImageOps.exif_transpose(image), 1 if image.mode == "F" else 65535
+    if image.mode[0] in "IF":                              # I;16, I;16B, I (16-bit PNG in older PIL), F
         values = np.asarray(image, dtype=np.float64)
         if not (values.min() >= 0 and values.max() <= white):
             raise UserError(f"grey values from {values.min():g} to {values.max():g}: "
                             f"0 to {white} can be read in this format; save it with 8 bits")
         image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
-    image = on_white(image.convert("RGB") if mode == "CMYK" else image)
-    return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
 
 
 def read_animation(path, size, choose):
-    """Frames of a GIF, WebP or APNG. One that is held for k times the shortest duration counts as k.
-
-    Writers merge equal neighbours into one longer frame; undone here, in ticks of the shortest.
-    """
+    """Frames of a GIF, WebP or APNG. One that is held for k times the shortest duration counts as k: writers
+    merge equal neighbours into one longer frame, which is undone here."""
     with open_picture(path) as image:
         # An APNG may begin with a still for old viewers that is no part of the clip.
-        first, lasts = int(bool(image.info.get("default_image"))), []
-        for index in range(first, getattr(image, "n_frames", 1)):
+        stored, lasts = range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1)), []
+        for index in stored:
             image.seek(index)
-            image.load()
-            lasts.append(Fraction(image.info.get("duration") or 100) / 1000)     # 0 means "as usual"
-        owners, times, frames = [], [Fraction(0)], []
-        for index, last in enumerate(lasts, first):
-            ticks = max(1, round(last / min(lasts)))
-            owners += [index] * ticks
-            times += [times[-1] + last * k / ticks for k in range(1, ticks + 1)]
-        for tick in choose(times):
-            image.seek(owners[tick])
-            frames.append(fit(image, size))
-    return frames
+            image.load()                                                 # WebP has no durations before that
+            lasts.append(float(image.info.get("duration") or 100) / 1000)                # 0 means "as usual"
+        ticks = np.rint(np.array(lasts) / min(lasts)).astype(int)
+        times = np.cumsum([0, *np.repeat(lasts / ticks, ticks)])
+        return [fit(ImageSequence.Iterator(image)[n], size) for n in np.repeat(stored, ticks)[choose(times)]]
 
 
 def read_folder(path, size, choose):
     """Frames of a folder of pictures in natural order (2.png before 10.png), one a second."""
-    names, sizes, frames = {}, set(), []
+    names, sizes = {}, set()
     for picture in path.glob("[!.]*"):
         if picture.suffix.lower() in IMAGE_SUFFIXES:
             # "00000.jpg" and "00000.png", or "7.png" and "7_mask.png": a picture and its mask.
@@ -1779,10 +1675,8 @@ def read_folder(path, size, choose):
         raise UserError(f"it mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
     pictures = sorted(names.values(), key=lambda picture: [
         int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", picture.name)])
-    for index in choose([Fraction(n) for n in range(len(pictures) + 1)]):
-        with open_picture(pictures[index]) as image:
-            frames.append(fit(image, size))
-    return frames
+    chosen = choose(np.arange(len(pictures) + 1.0))
+    return [read_animation(pictures[n], size, lambda times: [0])[0] for n in chosen]      # each of one frame
 
 
 def call(program, *arguments, data=None):
@@ -1800,50 +1694,47 @@ def read_film(path, size, choose):
     # All packets, but nothing is decoded for that: where the frames are in time.
     fine, probed, said = call(
         "ffprobe", "-fflags", "+genpts", "-select_streams", "V:0", "-of", "json", "-show_entries",
-        "format=start_time:stream_tags=alpha_mode:stream=codec_name,width,color_transfer,start_pts,time_base,"
-        "nb_frames:packet=pts,dts,duration,flags", f"file:{path}")
+        "format=start_time:stream_tags=alpha_mode:stream=codec_name,width,height,color_transfer,start_pts,"
+        "time_base,nb_frames:packet=pts,dts,duration,flags", f"file:{path}")
     about = json.loads(probed or b"{}")
-    if not fine or not about.get("packets") or not about["streams"][0].get("width"):
+    stream, packets = (about.get("streams") or [{}])[0], about.get("packets", [])
+    # Fewer packets than frames: the end of the file is missing.
+    short = said and int(stream.get("nb_frames", 0)) > len(packets)
+    if not fine or not packets or not stream.get("width") or short:
         raise ValueError(said or "no pictures in it")
-    stream, packets = about["streams"][0], about["packets"]
-    if said and int(stream.get("nb_frames", 0)) > len(packets):
-        raise ValueError(said)                             # the end of the file is missing
-    unit, stamps = Fraction(stream["time_base"]), {}
-    for packet in packets:
-        if "D" not in packet["flags"]:       # to be discarded: cut off by an edit list
-            stamps[packet.get("pts", packet.get("dts"))] = packet.get("duration", 0)
-    order = sorted(stamp for stamp in stamps if stamp is not None)
-    zero = stream.get("start_pts", order[0])
+    check_size(stream["width"], stream["height"])
+    # D: to be discarded, cut off by an edit list.
+    lasts = {p.get("pts", p.get("dts")): p.get("duration", 0) for p in packets if "D" not in p["flags"]}
+    stamps = sorted(lasts.keys() - {None})
     # Containers tell the length of the last frame badly or not at all: it lasts as long as others, at least.
-    last = max(stamps[order[-1]], (order[-1] - order[0]) // max(1, len(order) - 1))
-    times = [(stamp - zero) * unit for stamp in [*order, order[-1] + last]]
-    hdr = stream.get("color_transfer") in ("smpte2084", "arib-std-b67")
-    (width, height), indices, offset = size, choose(times), zero * unit
-    stored = sorted(set(indices))
+    last = max(lasts[stamps[-1]], (stamps[-1] - stamps[0]) // max(1, len(stamps) - 1))
+    unit, zero = np.divide(*map(int, stream["time_base"].split("/"))), stream.get("start_pts", stamps[0])
+    times = (np.array([*stamps, stamps[-1] + last]) - zero) * unit
+    stored, places = np.unique(choose(times), return_inverse=True)
     # A window around the time of each wanted frame, up to half way to its neighbours.
-    edges = [times[0] - 1, *((a + b) / 2 for a, b in zip(times, times[1:-1])), times[-1]]
-    edges = [f"{float(edge + offset):.6f}" for edge in edges]
-    windows = "+".join(f"between(t,{edges[k]},{edges[k + 1]})" for k in stored)
+    edges = zero * unit + np.array([times[0] - 1, *(times[:-2] + times[1:-1]) / 2, times[-1]])
+    windows = "+".join(f"between(t,{edges[k]:.6f},{edges[k + 1]:.6f})" for k in stored)
     # With -copyts the times are those of ffprobe. The frames are renumbered, so that exactly these arrive
     # also where the rate varies.
+    (width, height), hdr = size, stream.get("color_transfer") in ("smpte2084", "arib-std-b67")
     filters = (f"select='{windows}',settb=1/25,setpts=N,{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,"
                f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
                f"format=rgba,crop={width}:{height}")
-    command = ["-i", f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf", filters,
-               "-r", "25", "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
+    decoder = []
     if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
-        command = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]], *command]
-    start = times[stored[0]] + offset - Fraction(about["format"].get("start_time", "0"))
-    # Decoded from the key frame before the first wanted one on. In some containers (.ts) one seeks too far;
-    # then it is decoded from the first frame on, as it is where seeking would save little.
-    seek = ["-noaccurate_seek", "-ss", f"{max(0.0, float(start)):.6f}"]
+        decoder = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]]]
+    # Decoded from the key frame before the first wanted one on. In some containers (.ts) one seeks too far:
+    # then from the first frame on, as where seeking would save little.
+    start = times[stored[0]] + zero * unit - float(about["format"].get("start_time", 0))
+    seek = ["-noaccurate_seek", "-ss", f"{max(0, start):.6f}"]
     for place in (seek, []) if times[stored[0]] > 2 else ([],):
         fine, film, said = call(
-            "ffmpeg", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts", *place, *command)
+            "ffmpeg", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts", *place, *decoder, "-i",
+            f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf", filters, "-r", "25",
+            "-f", "rawvideo", "-pix_fmt", "rgba", "-")
         if fine and len(film) == len(stored) * width * height * 4:
             pixels = np.frombuffer(film, np.uint8).reshape(-1, height, width, 4)
-            frames = {k: np.asarray(on_white(Image.fromarray(rgba))) for k, rgba in zip(stored, pixels)}
-            return [frames[k] for k in indices]
+            return [fit(Image.fromarray(pixels[k]), size) for k in places]
     if hdr and "zscale" in said:
         raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another "
                         f"one, ffmpeg -i {path} -vf {SDR} sdr.mp4")
@@ -1853,10 +1744,26 @@ def read_film(path, size, choose):
 def read_video(path, frames, size, start=0.0, duration=None):
     """Read a clip as (F,h,w,3) uint8, where F = `frames` and `size` = (width, height) in pixels.
 
-    The frames are spaced evenly in time over the clip, or over `duration` seconds of it from `start` on: see
-    choose_frames. Each is scaled until it covers `size`, then cropped to the centre; transparent is white.
+    Frame i is the one shown at start + (i + 1/2) * duration / F seconds; without `duration`, all that follow.
+    Each is scaled until it covers `size`, then cropped to the centre; transparent is white.
     UserError: fewer stored frames than that, and everything that cannot be decoded.
     """
+    def choose(times):
+        """The indices of the wanted frames among those that begin at `times`; its last entry is the end."""
+        count, end = len(times) - 1, times[-1]
+        stop, slack = end if duration is None else start + duration, end / (10 * max(1, count))
+        if start >= end > 0 or stop > end + 0.1:                                 # lengths are told rounded
+            raise UserError(f"it is {end:.2f} s long: --start {start:g} and --duration go beyond")
+        stop = min(stop, end)
+        moments = start + (stop - start) * np.array([0, *np.arange(frames) + 0.5]) / frames
+        # A tenth of a frame is forgiven: files round their times.
+        first, *shown = np.clip(np.searchsorted(times, moments + slack, "right") - 1, 0, max(0, count - 1))
+        stored = int(np.searchsorted(times[:-1], stop - slack) - first)
+        if stored < frames:
+            raise UserError(f"it has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
+                            "take a longer clip, a longer part of it or fewer frames")
+        return shown
+
     path, reader = Path(path), read_folder
     if frames < 1 or start < 0 or (duration is not None and duration <= 0):
         raise UserError(f"frames ({frames}) at least 1, start ({start}) not below 0, duration above 0")
@@ -1872,24 +1779,22 @@ def read_video(path, frames, size, start=0.0, duration=None):
             reader = read_animation if picture else read_film
         elif start or duration:
             raise UserError("it holds pictures, which have no times: take a folder of those wanted")
-        choose = functools.partial(choose_frames, frames=frames, start=start, duration=duration)
         return np.stack(reader(path, size, choose))
 
 
 def write_video(path, frames, fps):
     """Write (F,h,w,3) uint8 `frames` at `fps` frames per second as .gif, .webp (lossless) or .mp4.
 
-    A GIF has one palette for all frames and no dithering: what stands still does not flicker. PIL merges
-    equal neighbours into one longer frame. An mp4 of odd size repeats its last row or column, since yuv420p
-    keeps colour for pairs of pixels. UserError: another suffix, no ffmpeg, unwritable.
+    PIL merges equal neighbours into one longer frame. An mp4 of odd size repeats its last row or column.
+    UserError: another suffix, no ffmpeg, unwritable.
     """
-    suffix = Path(path).suffix.lower()
+    suffix, (height, width) = Path(path).suffix.lower(), frames.shape[1:3]
     if suffix not in (".gif", ".webp", ".mp4"):
         raise UserError(f"cannot write {path}: its name should end in .gif, .webp or .mp4")
     with atomic_write(path) as temporary:
         if suffix == ".mp4":
-            odd = [(0, side % 2) for side in frames.shape[1:3]]
-            frames = np.pad(frames, ((0, 0), *odd, (0, 0)), "edge")
+            # yuv420p keeps colour for pairs of pixels.
+            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
             fine, _, said = call(
                 "ffmpeg", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(fps), "-s",
                 f"{frames.shape[2]}x{frames.shape[1]}", "-i", "-", "-pix_fmt", "yuv420p", "-b:v", "8M",
@@ -1897,30 +1802,29 @@ def write_video(path, frames, fps):
             if not fine:
                 raise UserError(f"ffmpeg cannot write {path}: {said}")
             return
-        images, unit = [Image.fromarray(frame) for frame in frames], 10 if suffix == ".gif" else 1
-        # Durations are whole hundredths of a second (GIF) or milliseconds, and add up to the right length.
-        ends = [round(1000 * n / fps / unit) * unit for n in range(len(frames) + 1)]
-        how = dict(lossless=True, quality=50)                                    # lossless: quality is effort
+        images, unit = [Image.fromarray(frame) for frame in frames], 1
         if suffix == ".gif":
-            some = frames.reshape(-1, 1, 3)[:: frames.size // 2**18 | 1]  # a hundred thousand pixels will do
+            # One palette for all frames and no dithering: what stands still does not flicker.
+            unit, some = 10, frames.reshape(-1, 1, 3)[:: frames.size // 2**18 | 1]  # some will do
             palette = Image.fromarray(np.ascontiguousarray(some)).quantize(255, kmeans=1)
             images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-            how = dict(optimize=False)
-        images[0].save(temporary, save_all=True, append_images=images[1:], loop=0,
-                       duration=[max(2 * unit, b - a) for a, b in zip(ends, ends[1:])], **how)
+        # Durations are whole hundredths of a second (GIF) or milliseconds, and add up to the right length.
+        ends = np.rint(1000 / fps / unit * np.arange(len(frames) + 1)).astype(int) * unit
+        lasts = np.maximum(np.diff(ends), 2 * unit).tolist()
+        images[0].save(temporary, save_all=True, append_images=images[1:], loop=0, duration=lasts,
+                       optimize=False, lossless=True, quality=50)        # quality: WebP's effort
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures: labelled frames and the loss curve, drawn with PIL alone
-# ------------------------------------------------------------------------------------------------------------
+# ---- Pictures: labelled frames and the loss curve, drawn with PIL alone
+
 INK, GREY, PALE, BLUE, SKY = "#20242c", "#858c97", "#e6e8ec", "#1f5fbf", "#b9d0f0"
 
 
 def caption(text, width, lines):
     """(18*lines+6, width, 3) uint8: `text` on white, wrapped, ending in "..." where it needs more lines."""
     font, strip = ImageFont.load_default(14), Image.new("RGB", (width, 18 * lines + 6), "white")
-    rows = textwrap.wrap(text, int(width / font.getlength("n")), max_lines=lines, placeholder="...")
-    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(rows), INK, font, spacing=4)
+    text = textwrap.fill(text, int(width / font.getlength("n")), max_lines=lines, placeholder="...")
+    ImageDraw.Draw(strip).multiline_text((4, 2), text, INK, font, spacing=4)
     return np.asarray(strip)
 
 
@@ -1935,9 +1839,8 @@ def framed(video, width):
 def side_by_side(videos, labels):
     """(F,H,W,3) uint8: clips (F,h,w,3) of one size in a row under their labels, enlarged when tiny."""
     videos = [framed(video, max(192, video.shape[2])) for video in videos]  # 192 pixels: a label can be read
-    strips = [caption(label, video.shape[2], 3) for label, video in zip(labels, videos, strict=True)]
-    strip = np.concatenate(strips, axis=1)
-    return np.stack([np.concatenate([strip, row]) for row in np.concatenate(videos, axis=2)])
+    strip = np.hstack([caption(label, clip.shape[2], 3) for label, clip in zip(labels, videos, strict=True)])
+    return np.stack([np.vstack([strip, np.hstack(row)]) for row in zip(*videos, strict=True)])
 
 
 def contact_sheet(rows):
@@ -1945,33 +1848,30 @@ def contact_sheet(rows):
     strips = []
     for label, video in rows:
         chosen = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
-        strip = np.concatenate(list(framed(video[chosen], 192)), axis=1)
-        strip = np.pad(strip, ((0, 6), (0, 0), (0, 0)), constant_values=255)
+        strip = np.pad(np.hstack(framed(video[chosen], 192)), ((0, 6), (0, 0), (0, 0)), constant_values=255)
         strips += [caption(label, strip.shape[1], 1), strip]
     width = max(strip.shape[1] for strip in strips)
-    strips = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
-    return Image.fromarray(np.concatenate(strips))
+    padded = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
+    return Image.fromarray(np.vstack(padded))
 
 
 def loss_curve(losses):
     """PIL image, 900x480: the loss of each training step as a pale dot, its moving average as a line."""
     losses = np.asarray(losses, dtype=float)
-    window, steps = np.ones(max(1, len(losses) // 12)), np.arange(len(losses)) / max(1, len(losses) - 1)
-    # Centred average; the division makes averages of the shorter windows at both ends, too.
-    mean = (np.convolve(losses, window) / np.convolve(np.ones_like(losses), window))[len(window) // 2:]
-    highest = max(1.05 * losses.max(), 1e-9)
+    window, highest = np.ones(max(1, len(losses) // 12)), max(1.05 * losses.max(), 1e-9)
+    # The division makes averages of the shorter windows at both ends, too.
+    mean = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
     # PIL antialiases no lines: drawn at twice the size, and reduced.
     image, font = Image.new("RGB", (1800, 960), "white"), ImageFont.load_default(28)
-    draw = ImageDraw.Draw(image)
-    x, dots, line = 160 + 1592 * steps, 840 - 752 * losses / highest, 840 - 752 * mean[:len(losses)] / highest
+    draw, x = ImageDraw.Draw(image), np.linspace(160, 1752, len(losses))
     for share in (0, 0.5, 1):
         y = 840 - 752 * share
         draw.line((160, y, 1752, y), PALE if share else GREY, 2)
         draw.text((144, y), f"{share * highest:.3g}", GREY, font, anchor="rm")
         draw.text((160 + 1592 * share, 860), f"{1 + share * (len(losses) - 1):.0f}", GREY, font, anchor="mt")
-    for column, row in zip(x, dots):
+    for column, row in zip(x, 840 - 752 * losses / highest):
         draw.ellipse((column - 5, row - 5, column + 5, row + 5), SKY)
-    draw.line(list(zip(x, line)), BLUE, 6, joint="curve")
+    draw.line([*zip(x, 840 - 752 * mean / highest)], BLUE, 6, joint="curve")
     draw.text((160, 28), f"loss by training step (line: mean of {len(window)} steps)", INK, font)
     return image.resize((900, 480), Image.Resampling.LANCZOS)
 

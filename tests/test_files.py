@@ -215,6 +215,14 @@ def test_a_git_lfs_pointer_is_called_that(tmp_path, name):
         (mini_mi.read_json if name.endswith("json") else mini_mi.load_tensors)(tmp_path / name)
 
 
+def test_a_git_lfs_pointer_that_would_be_read_as_text_is_called_that(tmp_path, tiny_random):
+    """merges.txt: nothing in it looks damaged."""
+    folder = shutil.copytree(tiny_random / "tokenizer", tmp_path / "tokenizer")
+    (folder / "merges.txt").write_text(POINTER)
+    with pytest.raises(mini_mi.UserError, match="merges.txt is a git-lfs pointer.*git lfs pull"):
+        mini_mi.CLIPTokenizer.from_pretrained(folder)
+
+
 def rewrite(folder, form):
     """The weights of a part as one file, as its fp16 variant, or as shards with an index; safe or pickled."""
     whole, = folder.glob("*.safetensors")
@@ -287,12 +295,12 @@ def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tin
 
 
 def test_unknown_fields_are_ignored_and_known_ones_are_not(tmp_path):
-    fields = dict(width=4, parts=(1, 2), rate=0.5, other=None, only=dict(kind="a", side=("left", "right")))
+    fields = dict(only=dict(form="a", one=("b", "c"), parts=(1, 2)), width=4, parts=(1, 2, 2), rate=0.5, other=None)
     config = mini_mi.read_config("x", dict(width=8, magic=True, rate=1, other=[3], _private=0), **fields)
-    assert vars(config) == dict(width=8, kind="a", side="left", parts=(1, 2), rate=1, other=[3])
-    assert mini_mi.read_config("x", dict(side="right"), **fields).side == "right"
-    for bad, match in ((dict(kind="b"), "kind = b is not implemented"), (dict(width="8"), "width = '8'"),
-                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate"), (dict(side=["up"]), "side"),
-                       (dict(parts=3), "parts = 3")):
+    assert vars(config) == dict(width=8, form="a", one="b", parts=(1, 2, 2), rate=1, other=[3])
+    assert mini_mi.read_config("x", dict(one="c", parts=[2, 1]), **fields).parts == [2, 1]
+    for bad, match in ((dict(form="b"), "form = b is not implemented"), (dict(width="8"), "width = '8'"),
+                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate"), (dict(parts=[1, 3]), "not implemented"),
+                       (dict(parts=2), "parts = 2 cannot be")):
         with pytest.raises(mini_mi.UserError, match=match):
             mini_mi.read_config("x", bad, **fields)

@@ -484,6 +484,11 @@ def test_tiny_images_are_refused(tmp_path):
     assert mini_mi.read_video(tmp_path / "x.png", 1, (16, 16)).shape == (1, 16, 16, 3)
 
 
+def test_films_of_a_few_pixels_are_refused(film):
+    path = film("x.avi", range(4), "-c:v", "ffv1", picture=lambda n: Image.new("RGB", (16, 6), (n, 0, 0)))
+    refused("frames of 16 x 6 pixels: 8 x 8 are the least", path, 2, (16, 16))
+
+
 def test_unknown_suffix_and_unwritable_place_leave_nothing_behind(tmp_path):
     (tmp_path / "file").touch()
     for path, match in (("x.mov3", "should end in"), ("x", "should end in"), ("file/x.gif", "cannot write")):
