@@ -242,8 +242,9 @@ def motion_loss(kind, prediction, target, anchor):
     raise UserError(f"loss = {kind!r} is not known; it takes mse, debiased or hybrid")
 
 
-def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, loss="mse", state=None,
-                 state_every=25, on_step=None, checkpointing=False, progress=True, **settings):
+def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="constant", batch=1, seed=0,
+                 loss="mse", state=None, state_every=25, on_step=None, checkpointing=False, progress=True,
+                 **settings):
     """Learns the motion of one clip: latents (1,C,F,H,W), text (1,L,D) -> MotionEmbeddings, in eval mode.
 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
@@ -252,6 +253,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
     noise levels. The UNet stays in eval mode, as it was loaded; the authors' has dropout. The result has
     `losses` (steps,).
 
+    lr_schedule    constant: the paper's; cosine: falls to zero, so that less noise of single steps remains
     state          file that keeps the training every `state_every` steps; an interrupted call goes on from it
     on_step        called as on_step(step, motion) after every step, from 1; motion is in eval mode
     checkpointing  recompute activations in backward: slower, much less memory
@@ -280,6 +282,8 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, batch=1, seed=0, 
             anchor = torch.randint(frames, (), generator=generator).item()
             x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
 
+            if lr_schedule == "cosine":
+                optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             motion.train()
             if lora:
                 lora.step(models, x_t, t, text, target, scaler, generator)
@@ -1545,8 +1549,9 @@ def fetch(repo, *names):
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if not endpoint.startswith(("http://", "https://")):
         raise UserError(f"{endpoint} is no web address: HF_ENDPOINT should look like https://huggingface.co")
-    stored = hub_path("HF_TOKEN_PATH", "token")                                  # by `hf auth login`
-    token = os.environ.get("HF_TOKEN") or (stored.read_text("utf-8") if stored.is_file() else "")
+    token = os.environ.get("HF_TOKEN", "")
+    with contextlib.suppress(OSError, UnicodeDecodeError):                # what `hf auth login` stored
+        token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8")
     for name in names:
         target, url = folder / name, f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
         for wait in (0.5, 1, 2, 4, None):
@@ -1623,7 +1628,7 @@ def open_picture(path):
 def check_size(width, height):
     """UserError if frames are so small that no motion in them is worth learning."""
     if min(width, height) < 8:
-        raise UserError(f"frames of {width} x {height} pixels: 8 x 8 are the least")
+        raise UserError(f"frames of {width, height} pixels: 8 x 8 are the least")
 
 
 def fit(image, size):
@@ -1881,11 +1886,12 @@ def loss_curve(losses):
 HERE = Path(__file__).resolve().parent
 # What a model was trained for; options that are not given take these. The second ones are the paper's.
 MODEL_DEFAULTS = {
-    "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.02, batch=2, sample_steps=25, guidance=1.5),
-    "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, batch=1, sample_steps=30,
-                  guidance=12.0)}
+    "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.02, lr_schedule="constant", batch=2,
+                 sample_steps=25, guidance=1.5),
+    "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, lr_schedule="constant", batch=1,
+                  sample_steps=30, guidance=12.0)}
 INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
-TRAINING = ("steps", "lr", "batch", "seed", "loss", "checkpointing")  # train_motion's arguments
+TRAINING = ("steps", "lr", "lr_schedule", "batch", "seed", "loss", "checkpointing")  # go to train_motion
 
 
 def option(default, about, **extra):
@@ -1918,6 +1924,8 @@ class Config:
 
     steps: int = option(None, "training steps", within=(1, 1e6))
     lr: float = option(None, "learning rate", within=(1e-9, 1e3))
+    lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
+                              choices=("constant", "cosine"))
     batch: int = option(None, "noise levels in every training step", within=(1, 1e4))
     loss: str = option("mse", "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
                        choices=("mse", "debiased", "hybrid"))
@@ -2065,7 +2073,8 @@ def sizes(config):
 def describe(config, motion):
     """What a run will do, as lines."""
     how = f"reuse {config.motion}" if config.motion else (
-        f"train {config.steps} steps of {config.batch}, lr {config.lr}, loss {config.loss}")
+        f"train {config.steps} steps of {config.batch}, lr {config.lr} {config.lr_schedule}, "
+        f"loss {config.loss}")
     parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
     count = sum(p.numel() for p in motion.parameters())
     return "\n".join([
@@ -2109,9 +2118,11 @@ def learn(config, models, latents, text, settings, place):
     """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
     options = {name: getattr(config, name) for name in TRAINING}
     # The state's name holds what determines the steps that were made, so no run continues another one's. The
-    # number of steps is not in it: an interrupted training can be continued to another end. One number of
-    # each of its tensors tells a model from a retrained one.
-    same = {**options, **settings, "dtype": config.dtype, "steps": None, "checkpointing": None}
+    # number of steps is not in it, unless the learning rate follows it: an interrupted training can be
+    # continued to another end. One number of each of its tensors tells a model from a retrained one.
+    same = {**options, **settings, "dtype": config.dtype, "checkpointing": None}
+    if config.lr_schedule == "constant":
+        del same["steps"]
     digest = hashlib.sha256(repr(sorted(same.items())).encode())
     for part in (torch.stack([p.flatten()[0] for p in models.unet.parameters()]), text, latents):
         digest.update(part.float().cpu().numpy().tobytes())

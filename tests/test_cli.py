@@ -172,7 +172,7 @@ def test_ablations_save_embeddings_without_the_part(start, flag, gone, left):
     ["--mqk-dims", 2, "--mv-dims", 1, "--debias", "mean", "--levels", "0"],
     ["--debias-in-training", "--guidance", 1],
     ["--loss", "debiased", "--checkpointing", "--dtype", "bfloat16"],
-    ["--loss", "hybrid"],
+    ["--loss", "hybrid", "--lr-schedule", "cosine"],
     ["--start", 0.25, "--duration", 0.5, "--negative-prompt", "blurry"]])
 def test_other_settings_run(start, flags):
     """Every switch reaches the run, and the record."""
@@ -213,7 +213,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     for flag in ("no-mqk no-mv debias mqk-dims mv-dims motion-type video source-prompt prompt motion steps "
-                 "lr negative-prompt loss sample-steps guidance noise-prior frames size start duration format seeds "
+                 "lr lr-schedule negative-prompt loss sample-steps guidance noise-prior frames size start duration format seeds "
                  "no-compare fps seed "
                  "device dtype model out levels snapshots dry-run").split():
         assert f"--{flag}" in text

@@ -56,6 +56,18 @@ def test_training_lowers_the_loss(models, clip):
     assert all(p.grad is None for p in models.unet.parameters())
 
 
+def test_a_cosine_schedule_ends_at_rest(models, clip):
+    """The first step is that of the constant rate, the later ones are shorter, and the last hardly moves."""
+    def moves(schedule):
+        seen = []
+        mini_mi.train_motion(models, *clip, steps=8, lr_schedule=schedule, **ARGS, on_step=lambda _, motion: seen.append(
+            torch.cat([p.detach().flatten() for p in motion.parameters()])))
+        return [float((b - a).norm()) for a, b in zip([torch.zeros_like(seen[0]), *seen], seen)]
+
+    constant, cosine = moves("constant"), moves("cosine")
+    assert cosine[0] == constant[0] and cosine[-1] < 0.1 * constant[-1] and sum(cosine) < 0.8 * sum(constant)
+
+
 def test_the_first_losses_by_hand(models, clip):
     """Zero embeddings: the plain model's loss, for the timestep and noise of the clip's own generator."""
     latents, text = clip

@@ -486,7 +486,7 @@ def test_tiny_images_are_refused(tmp_path):
 
 def test_films_of_a_few_pixels_are_refused(film):
     path = film("x.avi", range(4), "-c:v", "ffv1", picture=lambda n: Image.new("RGB", (16, 6), (n, 0, 0)))
-    refused("frames of 16 x 6 pixels: 8 x 8 are the least", path, 2, (16, 16))
+    refused(r"frames of \(16, 6\) pixels: 8 x 8 are the least", path, 2, (16, 16))
 
 
 def test_unknown_suffix_and_unwritable_place_leave_nothing_behind(tmp_path):
