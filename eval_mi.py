@@ -34,7 +34,6 @@ metric, simulated coverage for intervals of means, shares and the jackknife. See
 import base64
 import collections
 import contextlib
-import copy
 import csv
 import dataclasses
 import datetime
@@ -129,9 +128,9 @@ def _cosines(a, b):
 
 def text_similarity(frame_features, text_feature):
     """mean_f cos(E_I(frame_f), E_T(prompt)): does the clip show what the prompt says?
-    frame_features (F,D), text_feature (D,), any length -> float in [-1,1]. Blind to motion and to the order of
-    frames; values of different CLIPs do not compare. Source: CLIPScore (arXiv 2104.08718) without its factor
-    2.5 and its clipping at 0.
+    frame_features (F,D), text_feature (D,), any length -> float in [-1,1]. Blind to motion and to the order
+    of frames; values of different CLIPs do not compare. Source: CLIPScore (arXiv 2104.08718) without its
+    factor 2.5 and its clipping at 0.
     """
     return float(_cosines(frame_features, text_feature[None]).mean())
 
@@ -178,8 +177,8 @@ def frechet_distance(x, y):
     x (n,d), y (m,d) -> float. Covariances with n-1, all in float64.
     With centred X1, X2 (divided by sqrt(n-1)) the last trace is the sum of the singular values of X1 X2^T:
     exact also for n < d, where the usual matrix square root returns noise. With X = QR, Q drops out.
-    Biased upward for small n: compare at equal n only, beside the distance of real from real. Blind to motion,
-    and to which prompt a frame belongs to. Source: Heusel et al., arXiv 1706.08500.
+    Biased upward for small n: compare at equal n only, beside the distance of real from real. Blind to
+    motion, and to which prompt a frame belongs to. Source: Heusel et al., arXiv 1706.08500.
     """
     x, y = _samples(x, y)
     r1, r2 = (np.linalg.qr((v - v.mean(0)) / np.sqrt(len(v) - 1), mode="r") for v in (x, y))
@@ -422,9 +421,9 @@ def detectable_with(components, clips, trainings, samples, alpha=0.05):
 
 def jackknife(statistic, groups):
     """Interval of a statistic that is no mean, by leaving out one group at a time -> (value, low, high).
-    statistic: of a list of k groups -> float; half width = t_(k-1) sqrt((k-1)/k sum_i (theta_-i - mean)^2), for
-    k < 3 infinite. The bootstrap would draw duplicates, which shrink covariances and bias FID. Source: Efron and
-    Tibshirani 1993, chapter 11.
+    statistic: of a list of k groups -> float; half width = t_(k-1) sqrt((k-1)/k sum_i (theta_-i - mean)^2),
+    infinite for k < 3. The bootstrap would draw duplicates, which shrink covariances and bias FID.
+    Source: Efron and Tibshirani 1993, chapter 11.
     """
     k, value, half = len(groups), statistic(groups), math.inf
     if k > 2:
@@ -440,14 +439,14 @@ def clustered_share(wins, clusters, draws=10_000, seed=0):
     sizes = np.array(list(collections.Counter(clusters).values()))
     won = group_means(wins, clusters) * sizes
     if len(sizes) == 1:                                              # nothing to draw from
-        return (float(won[0] / sizes[0]),) * 2
+        return (float(np.mean(wins)),) * 2
     found = scipy.stats.bootstrap((won, sizes), lambda w, n, axis: w.sum(axis) / n.sum(axis), paired=True,
                                   vectorized=True, n_resamples=draws, method="percentile",
                                   rng=np.random.default_rng(seed))
     return tuple(map(float, found.confidence_interval))
 
 
-# ========= THE EXPERIMENT: clips, trainings, variants, prompts and seeds -> samples and their scores =========
+# ========= THE EXPERIMENT: clips, trainings, variants, prompts and seeds -> samples and their scores ========
 
 # Part of every digest. Raise it with any change of code after which a file would hold something else.
 CODE_VERSION = 2
@@ -661,7 +660,7 @@ class Lab:
         own = self.model_folder / "clip"
         self.clip_name = s.clip or str(own if own.is_dir() else "openai/clip-vit-base-patch32")
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
-        self.in_world = is_small(s.model) and Path(self.clip_name).resolve() == own.resolve()
+        self.in_world = s.small and Path(self.clip_name).resolve() == own.resolve()
         self.clips = read_clips(s, self.in_world)
         self.work = plan(s, self.clips)
         self.cells = [cell for group in self.work for batch in group for cell in batch]
@@ -812,7 +811,7 @@ class Lab:
 
     @torch.no_grad()
     def measure(self, frames):
-        """frames (F,h,w,3) uint8 -> features (F,D), fid_features (F or F/4,d), tracks (n,F,2) always visible"""
+        """frames (F,h,w,3) uint8 -> features (F,D), fid_features (F or F/4,d), tracks (n,F,2) never hidden"""
         features = for_fid = self.image_features(frames)
         pixels = torch.from_numpy(frames).to(self.device)
         if not self.in_world:                                        # neighbours cost much and add little
@@ -859,7 +858,7 @@ class Lab:
         return self.image_features(world.render(scene, self.settings.frames, self.clips[0].frames.shape[1]))
 
 
-# ================== RESULTS: from finished cells to numbers with intervals, and to sentences =================
+# ================= RESULTS: from finished cells to numbers with intervals, and to sentences =================
 
 # A finished cell, what `Lab.judge` wrote about it, and the arrays beside that.
 Sample = collections.namedtuple("Sample", "cell about arrays")
@@ -939,8 +938,9 @@ def distance_to_real(lab, members):
         floor = between(real, again)
     else:
         real = {name: lab.reference(clip)["fid_features"] for name, clip in clips.items()}
-        if len(names) > 1 and min(map(len, real.values())) > 1:
-            floor = between(real, real, names[::2], names[1::2])
+        halves = names[::2], names[1::2]
+        if min(sum(len(real[name]) for name in half) for half in halves) > 1:
+            floor = between(real, real, *halves)
     of = functools.cache(functools.partial(between, fake, real))
     kid = kernel_distance(*(np.concatenate([*side.values()]) for side in (fake, real)))
     return {"of": of, "row": {"frechet": jackknife(of, names), "frechet_floor": floor, "kid": kid,
@@ -1024,19 +1024,10 @@ FEW = 5                                              # participants below which 
 
 # A participant's choice: the id of a candidate of that question.
 Vote = collections.namedtuple("Vote", "participant question choice")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Question:
-    """Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8.
-    id and the keys of candidates are opaque hexadecimal numbers; every question has a candidate of every
-    variant of the ballot. caption, what the reference shows, is the prompt of an attention check.
-    """
-    id: str
-    prompt: str
-    reference: np.ndarray
-    candidates: dict
-    caption: str = ""
+# Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8. id and the
+# keys of candidates are opaque hexadecimal numbers; every question has a candidate of every variant of the
+# ballot. caption, what the reference shows, is the prompt of an attention check.
+Question = collections.namedtuple("Question", "id prompt reference candidates caption", defaults=[""])
 
 
 def ballot_questions(lab, most=20):
@@ -1439,12 +1430,13 @@ def figures(arrays):
     # Both pictures of a pair share one scale; its ends leave out the extremes, which would pale all the rest.
     ends = np.quantile([arrays["without_mqk"], arrays["with_mqk"]], [0.02, 0.98])
     high = np.quantile([arrays["mv_raw"], arrays["mv_debiased"]], 0.95)
-    maps = "".join(f"<figure><h3>{title}</h3>{picture(arrays[key], *ends, f'attention map {title}')}</figure>"
-                   for key, title in (("without_mqk", "without MQK"), ("with_mqk", "with MQK")))
-    norms = "".join(f'<h3>MV {title}</h3><div class="frames">'
-                    + "".join(picture(f, 0, high, f"frame {i}") for i, f in enumerate(arrays[key])) + "</div>"
-                    for key, title in (("mv_raw", "as trained"), ("mv_debiased", "debiased, as used")))
-    return f'<div class="panels">{maps}</div>{norms}'
+    rows = [("attention without MQK", arrays["without_mqk"][None], *ends),
+            ("attention with MQK", arrays["with_mqk"][None], *ends),
+            ("MV as trained", arrays["mv_raw"], 0, high),
+            ("MV debiased, as used", arrays["mv_debiased"], 0, high)]
+    return "".join(f'<figure><h3>{title}</h3><div class="frames">'
+                   f"{''.join(picture(one, *scale, title) for one in shown)}</div></figure>"
+                   for title, shown, *scale in rows)
 
 
 def write_report(lab, run):
@@ -1516,25 +1508,22 @@ class Settings:
     ballot: bool = option(False, "only write ballot.html, on which people vote, from finished cells")
     ballot_variants: str = option("full,no-mqk,no-mv,base", "what people choose from")
     votes: list = option(None, "count these files, and folders of files, that voters saved, in a new report")
-
-
-def is_small(model):
-    """A model of the embedded world: data/make_tiny.py's UNets are narrow."""
-    return mini_mi.model_defaults(model) is mini_mi.MODEL_DEFAULTS["tiny"]
+    fps: int = None                 # of the ballot; no option
+    small: bool = False             # a model of the embedded world: data/make_tiny.py's UNets are narrow
 
 
 def parse(argv=None):
     """Command line -> checked Settings, with the model's defaults for what was not given."""
     s = mini_mi.parse_options(Settings, argv, "eval_mi.py", __doc__, DEFAULTS)
-    small = is_small(s.model)
-    for name, value in DEFAULTS["tiny" if small else "other"].items():
-        if getattr(s, name, value) is None:
+    s.small = mini_mi.model_defaults(s.model) is mini_mi.MODEL_DEFAULTS["tiny"]
+    for name, value in DEFAULTS["tiny" if s.small else "other"].items():
+        if getattr(s, name) is None:
             setattr(s, name, value)
     mini_mi.check_ranges(s)
     s.device = mini_mi.pick_device(s.device)
     if s.device == "cuda":                         # under torchrun every process of a machine takes its own
         s.device = mini_mi.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    s.dtype = s.dtype or ("float32" if small or s.device == "cpu" else "float16")
+    s.dtype = s.dtype or ("float32" if s.small or s.device == "cpu" else "float16")
     size = re.fullmatch(r"(\d+)x(\d+)", s.size)
     if not size or any(int(side) % 8 or side == "0" for side in size.groups()):
         raise UserError(f"--size {s.size} is not WIDTHxHEIGHT in multiples of 8, as in 64x64")
@@ -1576,7 +1565,7 @@ def run(s):
         wait()
     if rank == 0 and s.ballot:
         path, (questions, _, run_id) = lab.out / "ballot.html", ballot_questions(lab)
-        write_ballot(path, questions, run_id, DEFAULTS["tiny" if lab.in_world else "other"]["fps"])
+        write_ballot(path, questions, run_id, s.fps)
         print(f"{path}: {len(questions)} questions and two attention checks; give it to people as it is, and "
               "count what they save with --votes")
     elif rank == 0:
@@ -1694,7 +1683,7 @@ def load_clip(name, device="cpu"):
 
 
 # Inception's modules in order, and their branches; the names are those of the weight file. A branch is a
-# chain of layers CHANNELS:KERNEL; KERNEL/STRIDE has no padding, a bare KERNEL keeps the size, | forks a layer.
+# chain of layers CHANNELS:KERNEL; KERNEL/STRIDE has no padding, a KERNEL alone keeps the size, | forks one.
 # A block with the branch _pool pools before it; one without halves the size, its pool is a branch of its own.
 MIXED_5 = "1x1 64:1, 5x5 48:1 64:5, 3x3dbl 64:1 96:3 96:3, _pool {}:1"
 MIXED_6 = ("1x1 192:1, 7x7 {0}:1 {0}:1x7 192:7x1, 7x7dbl {0}:1 {0}:7x1 {0}:1x7 {0}:7x1 192:1x7, "
