@@ -387,7 +387,7 @@ def saved(browser, chromium, ballot, tmp_path_factory):
     found["returning"] = download(page, folder)
     page.on("dialog", lambda dialog: dialog.accept())
     page.click("#another")                                          # the next person begins anew
-    until(page, "clips.length > 0")
+    until(page, "typeof clips !== 'undefined' && clips.length > 0")
     assert page.inner_text("#progress") == "First an example"
     assert page.evaluate("state.participant") not in before
     context.close()
