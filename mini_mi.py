@@ -1887,9 +1887,9 @@ HERE = Path(__file__).resolve().parent
 # What a model was trained for; options that are not given take these. The second ones are the paper's.
 MODEL_DEFAULTS = {
     "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.02, lr_schedule="constant", batch=2,
-                 sample_steps=25, guidance=1.5),
+                 loss="mse", sample_steps=25, guidance=1.5),
     "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, lr_schedule="constant", batch=1,
-                  sample_steps=30, guidance=12.0)}
+                  loss="mse", sample_steps=30, guidance=12.0)}
 INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
 TRAINING = ("steps", "lr", "lr_schedule", "batch", "seed", "loss", "checkpointing")  # go to train_motion
 
@@ -1927,7 +1927,7 @@ class Config:
     lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
                               choices=("constant", "cosine"))
     batch: int = option(None, "noise levels in every training step", within=(1, 1e4))
-    loss: str = option("mse", "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
+    loss: str = option(None, "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
                        choices=("mse", "debiased", "hybrid"))
     snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100")
     checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
