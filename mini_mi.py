@@ -16,12 +16,12 @@ Map. Names are looked up when a function runs, so what the method uses may stand
     USE IT            DDIM, inversion of the reference, start noise, guided sampling, in and out of latents
     THE HYBRID LOSS   a helper that the authors train beside the embeddings
     THE FROZEN MODEL  UNet, autoencoder, text encoder, tokenizer, held against the published ones in tests/
-    PLUMBING          files, checkpoints, hub, video, pictures
+    PLUMBING          embeddings at other sizes, files, checkpoints, hub, video, pictures
     COMMAND LINE      the settings, and `run`: load, encode, train, invert, sample, write
 
 Letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
           h w pixels   L text tokens   D text width   N any batch axis, such as B*F
-          t diffusion step, never a frame   T number of them
+          t diffusion step, never a frame   T number of them   c the config of a part
           h alone, in THE PAPER, is what temporal attention reads, as in its Eq. 3
 """
 
@@ -138,8 +138,7 @@ class MotionEmbeddings(nn.Module):
     levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has
                      attention, which for ZeroScope is the authors' choice (width 1280 on the way down and up)
     use_mqk, use_mv  the ablations: False leaves the part out, here, or later at inference
-    mqk_dims         1: shape (1, F, C), the method;     2: (H*W, F, C)
-    mv_dims          2: shape (H*W, F, C), the method;   1: (1, F, C)
+    mqk_dims, mv_dims  1: shape (1, F, C);  2: (H*W, F, C)
     debias           diff | mean | none. `.eval()` adds debiased MV, `.train()` raw MV, unless
                      debias_in_training
     """
@@ -151,6 +150,8 @@ class MotionEmbeddings(nn.Module):
         super().__init__()
         self.use_mqk, self.use_mv, self.mqk_dims, self.mv_dims = use_mqk, use_mv, mqk_dims, mv_dims
         self.debias, self.debias_in_training, self.frames = debias, debias_in_training, frames
+        if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2}:
+            raise UserError(f"debias = {debias!r}: it takes diff, mean or none; mqk_dims and mv_dims 1 or 2")
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
         self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
         if unet_config is None:
@@ -201,7 +202,7 @@ class MotionEmbeddings(nn.Module):
 
     def check_fits(self, unet):
         """UserError if these embeddings belong to another UNet."""
-        widths = {block: c for sites in unet.motion_sites.values() for block, c in sites.items()}
+        widths = {block: width for sites in unet.motion_sites.values() for block, width in sites.items()}
         for key, value in self._parameters.items():
             have, wanted = value.shape[-1], widths.get(block_of(key), "no place")
             if have != wanted:
@@ -210,7 +211,7 @@ class MotionEmbeddings(nn.Module):
                                 "were made with")
 
     def save(self, path):
-        """Writes safetensors; settings, grids and source travel as metadata."""
+        """Writes safetensors; settings, grids and source are its metadata."""
         about = {name: getattr(self, name) for name in ("frames", "grids", "source", *self.SETTINGS)}
         save_safetensors(path, self.state_dict(), {"mini_mi": json.dumps(about)})
 
@@ -249,15 +250,14 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
-    The defaults are the paper's, MODEL_DEFAULTS has those of data/tiny. Every step sees the clip at `batch`
-    noise levels. The UNet stays in eval mode, as it was loaded; the authors' has dropout. The result has
-    `losses` (steps,).
+    The defaults are those of the paper's text, MODEL_DEFAULTS has data/tiny's. Every step sees the clip at
+    `batch` noise levels. The UNet stays in eval mode; the authors' has dropout. The result has `losses`.
 
     lr_schedule    constant: the paper's; cosine: falls to zero, so that less noise of single steps remains
     state          file that keeps the training every `state_every` steps; an interrupted call goes on from it
     on_step        called as on_step(step, motion) after every step, from 1; motion is in eval mode
     checkpointing  recompute activations in backward: slower, much less memory
-    settings       of MotionEmbeddings: use_mqk, use_mv, levels, ...
+    settings       of MotionEmbeddings
     """
     _, _, frames, height, width = latents.shape
     unet, scheduler, generator = models.unet, models.scheduler, torch.Generator().manual_seed(seed)
@@ -266,6 +266,8 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
     # Gradients in float16 vanish below 6e-8: the scaler multiplies the loss and divides what comes out.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
+    if lr_schedule not in ("constant", "cosine"):
+        raise UserError(f"lr_schedule = {lr_schedule!r} is not known; it takes constant or cosine")
     x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
     lora = SpatialLoRA(unet, generator) if loss == "hybrid" else None
     parts = dict(motion=motion, optimizer=optimizer, scaler=scaler)                   # what can be resumed
@@ -380,12 +382,12 @@ class DDIMScheduler:
 
 @torch.no_grad()
 def ddim_invert(models, latents, text, steps=50, progress=True):
-    """The noise (B,C,F,H,W) from which as many sampling steps nearly give `latents` back: DDIM backwards.
+    """The noise (B,C,F,H,W) from which sampling nearly gives `latents` back: DDIM backwards.
 
     From the lowest timestep up, eps is taken from x of the level below; text (B,L,D) is of the empty prompt.
     """
     scheduler, x = models.scheduler, latents
-    below = 0                                        # the clean latents count as level 0: alphas_cumprod[0]
+    below = 0                       # the clean latents count as step 0, the clean end of ZeroScope's schedule
     for t in tqdm(scheduler.timesteps(steps).flip(0), "inverting", unit="step", disable=not progress):
         eps = scheduler.epsilon(predict(models, x, t, text), t, x)
         x = scheduler.move(x, eps, scheduler.abar(below, x), scheduler.abar(t, x))
@@ -406,8 +408,8 @@ def blend_noise(inverted, fresh, prior):
 def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, progress=True):
     """noise (B,C,F,H,W), text, negative (B,L,D) -> latents (B,C,F,H,W): DDIM, classifier-free guidance.
 
-    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings, in eval
-    mode so that MV is debiased, act on both halves; guidance <= 1 runs the prompt alone.
+    Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings (in eval
+    mode) act on both halves; guidance <= 1 runs the prompt alone.
     """
     scheduler, x, guided = models.scheduler, noise, guidance > 1
     texts = torch.cat([negative, text]) if guided else text
@@ -504,13 +506,14 @@ class UNet3DConditionModel(nn.Module):
     what comes from below beside the skip that is on top of the stack. * is where the method puts its
     embeddings.
 
-        down_blocks.0   320, 320            attn     40x72 for 320x576 pixels   each layer and each halving
-        down_blocks.1   640, 640            attn     20x36                      pushes its output as a skip
+        conv_in, transformer_in   320                40x72 for 320x576 pixels; pushes a skip
+        down_blocks.0   320, 320            attn     40x72   each layer pushes a skip, and so does the
+        down_blocks.1   640, 640            attn     20x36   halving that ends a level
         down_blocks.2   1280, 1280          attn *   10x18
         down_blocks.3   1280, 1280                    5x9
         mid_block       1280, 1280          attn      5x9
-        up_blocks.0     1280, 1280, 1280              5x9                       each layer pops a skip and
-        up_blocks.1     1280, 1280, 1280    attn *   10x18                      concatenates it
+        up_blocks.0     1280, 1280, 1280              5x9    each layer pops a skip and concatenates it
+        up_blocks.1     1280, 1280, 1280    attn *   10x18
         up_blocks.2     640, 640, 640       attn     20x36
         up_blocks.3     320, 320, 320       attn     40x72
 
@@ -554,7 +557,8 @@ class UNet3DConditionModel(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
         self.checkpointing = False                         # True: recompute layers in backward to save memory
 
-        # level -> {temporal block: its C}, down and up; not the middle block, where the authors put nothing
+        # level -> {temporal block: its C}, down and up; the authors put nothing into the middle block and
+        # transformer_in
         self.motion_sites = {i: {} for i in range(n) if attention[i]}
         for name, module in self.named_modules():
             if isinstance(module, TemporalTransformerBlock):
@@ -665,8 +669,8 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x, emb=None):
         hidden = self.conv1(nnf.silu(self.norm1(x)))
         if emb is not None:
-            step = self.time_emb_proj(nnf.silu(emb))                                     # (B, C_out)
-            hidden = hidden + step.repeat_interleave(len(x) // len(emb), 0)[:, :, None, None]
+            shift = self.time_emb_proj(nnf.silu(emb))                                    # (B, C_out)
+            hidden = hidden + shift.repeat_interleave(len(x) // len(emb), 0)[:, :, None, None]
         hidden = self.conv2(nnf.silu(self.norm2(hidden)))
         return hidden + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
@@ -715,7 +719,7 @@ class TemporalConvLayer(nn.Module):
         # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
         for n in range(1, 5):
             self.add_module(f"conv{n}", nn.Sequential(
-                nn.GroupNorm(groups, channels), nn.SiLU(), *[nn.Dropout(0.1)][:n - 1],
+                nn.GroupNorm(groups, channels), nn.SiLU(), *([nn.Dropout(0.1)] if n > 1 else []),
                 TemporalConv(channels, channels, (3, 1, 1), padding=(1, 0, 0))))
         # A layer that starts as the identity lets a video model begin as the picture model that it was.
         nn.init.zeros_(self.conv4[-1].weight)
@@ -790,11 +794,7 @@ class SpatialTransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. q_in (..., L, C), k_in and v_in (..., L', D) -> (..., L, C).
-
-    Queries, keys and values come from three arguments, not from one: the paper's Eq. 3 adds one embedding to
-    the input of queries and keys and another to the input of values.
-    """
+    """Multi-head attention. q_in (..., L, C), k_in and v_in (..., L', D) -> (..., L, C); three, for Eq. 3."""
 
     def __init__(self, width, heads, head_dim, context_width=None, bias=False):
         super().__init__()
@@ -1108,18 +1108,20 @@ class CLIPTokenizer:
 
 
 # ============================================================================================================
-#   PLUMBING: files, checkpoints, hub, video, pictures, command line. Nothing below is about the method
+#   PLUMBING: embeddings at other sizes, files, checkpoints, hub, video, pictures
 # ============================================================================================================
 
 # ---- Motions at other sizes and in files; interrupted trainings
 
-def resized(m, first, trained_grid, frames, grid):
+def resized(m, slots, trained_grid, frames, grid):
     """An embedding (1 or H*W, F, C) for another number of frames or grid (H, W) than it was trained on.
 
-    first: the first frames count, as in the authors' files of 32 slots; else time is stretched.
+    slots: the first frames count, as in the authors' files of 32 slots; else time is stretched.
     trained_grid: (H, W), or None where the file did not say.
     """
-    if first and frames <= m.shape[1]:
+    if slots:
+        if frames > m.shape[1]:
+            raise UserError(f"the motion file has slots for {m.shape[1]} frames, not for {frames}")
         m = m[:, :frames]
     elif frames != m.shape[1]:
         # align_corners: first and last frame stay what they are, and a steady drift stays steady.
@@ -1135,7 +1137,7 @@ def resized(m, first, trained_grid, frames, grid):
 
 
 def block_of(key):
-    """BLOCK.pos_embed, BLOCK.attn1.vSpatial or BLOCK.attn2.vSpatial -> BLOCK; ValueError: another key."""
+    """BLOCK.pos_embed, BLOCK.attn1.vSpatial or BLOCK.attn2.vSpatial -> BLOCK; UserError: another key."""
     if not (found := re.fullmatch(r"(.+)\.(pos_embed|attn[12]\.vSpatial)", key)):
         raise UserError("not a motion file: its keys must end in pos_embed or vSpatial")
     return found[1]
@@ -1146,16 +1148,15 @@ def read_motion(path):
 
     UserError: other tensors, values that are not finite, settings that cannot be.
     """
-    tensors = load_tensors(path)
+    ours = Path(path).suffix == ".safetensors"
+    tensors, metadata = read_safetensors(path) if ours else (load_tensors(path), {})
     with built_from(path, "has settings that cannot be read"):
         if not tensors:
             raise UserError("not a motion file: it is empty")
-        metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         about = json.loads(metadata.get("mini_mi", "{}"))                            # the authors say nothing
         settings = dict(use_mqk=any(key.endswith("pos_embed") for key in tensors),
                         use_mv=any(key.endswith("vSpatial") for key in tensors))
         settings |= {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
-        debias(torch.zeros(1, 1, 1), settings.get("debias", "diff"))                # refuses an unknown mode
         # In files of the first edition "fixed_slots" marks what came from a file of the authors.
         frames = None if about.get("fixed_slots") else about.get("frames")
         motion = MotionEmbeddings(None, frames, None, None, **settings)
@@ -1206,8 +1207,8 @@ def load_state(path, parts, generator, steps):
 # ---- Files: written beside their place and renamed; configs and tensors are read without trusting the file
 
 def one_line(error):
-    """The first line of what another library says, to end a message of ours with."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what the system or another library says, to end a message of ours with."""
+    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -1224,8 +1225,8 @@ def atomic_write(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise UserError(f"cannot write {path} ({reason}): make room or choose another place") from error
+        why = one_line(error)
+        raise UserError(f"cannot write {path} ({why}): make room or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1312,11 +1313,6 @@ def read_safetensors(path):
         if position != len(data):
             raise ValueError(f"tensors of {position} bytes in {len(data)}")
     return tensors, metadata
-
-
-def read_metadata(path):
-    """The {str: str} metadata of a safetensors file; {} where it has none."""
-    return read_safetensors(path)[1]
 
 
 def load_tensors(path):
@@ -1570,8 +1566,8 @@ def fetch(repo, *names):
                                     "again; what came is kept") from error
                 time.sleep(wait)
             except OSError as error:
-                reason = error.strerror or one_line(error)
-                raise UserError(f"cannot write {target} ({reason}): make room or set HF_HOME") from error
+                why = one_line(error)
+                raise UserError(f"cannot write {target} ({why}): make room or set HF_HOME") from error
     raise NotOnHub(f"{endpoint}/{repo} has no {names[0]} (404): check the name of the folder or repository")
 
 
@@ -1881,7 +1877,9 @@ def loss_curve(losses):
     return image.resize((900, 480), Image.Resampling.LANCZOS)
 
 
-# ---- Command line: the settings, and `run`, the main job
+# ============================================================================================================
+#   COMMAND LINE: the settings, and `run`, the main job
+# ============================================================================================================
 
 HERE = Path(__file__).resolve().parent
 # What a model was trained for; options that are not given take these. The second ones are the paper's.
@@ -1949,6 +1947,11 @@ class Config:
     dry_run: bool = option(False, "say what would happen, and stop")
 
 
+def numbers(text):
+    """'1,2' -> (1, 2)"""
+    return tuple(map(int, text.split(",")))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in this program's one-line form."""
 
@@ -1976,7 +1979,7 @@ def parse_options(cls, argv, prog, about, by_model=MODEL_DEFAULTS):
         elif flag != "--" + f.name.replace("_", "-"):                              # prompts: --prompt, again
             how = {"action": "append"}
         elif f.type is tuple:
-            how = {"type": lambda text: tuple(map(int, text.split(",")))}
+            how = {"type": numbers}
         told = "" if default in (None, (), "") else f" (default: {default})"
         parser.add_argument(flag, dest=f.name, help=f.metadata["about"] + told, **how)
     return cls(**vars(parser.parse_args(argv)))
@@ -2126,7 +2129,7 @@ def learn(config, models, latents, text, settings, place):
     digest = hashlib.sha256(repr(sorted(same.items())).encode())
     for part in (torch.stack([p.flatten()[0] for p in models.unet.parameters()]), text, latents):
         digest.update(part.float().cpu().numpy().tobytes())
-    state, folder = place(f"training-{digest.hexdigest()[:12]}.pt"), local_folder(config.model)
+    state, folder = Path(config.out, f"training-{digest.hexdigest()[:12]}.pt"), local_folder(config.model)
     source = dict(video=os.path.abspath(config.video), prompt=config.source_prompt, frames=config.frames,
                   size=config.size, start=config.start, duration=config.duration,
                   model=str(folder.resolve()) if folder and config.model != "tiny" else config.model)
@@ -2143,7 +2146,9 @@ def learn(config, models, latents, text, settings, place):
     with atomic_write(place("loss.png")) as temporary:
         loss_curve(motion.losses.tolist()).save(temporary)
     for step in config.snapshots:           # a training that was continued may have made them before
-        if not place(f"motion-step{step}.safetensors").exists():
+        if (Path(config.out) / f"motion-step{step}.safetensors").exists():
+            place(f"motion-step{step}.safetensors")
+        else:
             print(f"no snapshot of step {step}: the training had no such step, or went on from a later one")
     return motion, state
 
@@ -2190,16 +2195,17 @@ def run(config):
     timed("load")
 
     # All randomness comes from seeds, so equal settings repeat the same frames.
-    source, empty, negative, *texts = (encode_prompt(models, [text]) for text in (
+    source_text, empty, negative, *texts = (encode_prompt(models, [text]) for text in (
         config.source_prompt or "", "", config.negative_prompt, *config.prompts))
-    if config.video:                         # one sample for every seed, so that --seeds and --seed agree
+    if not config.motion or config.noise_prior > 0:    # one sample for every seed: --seeds and --seed agree
         latents = encode_video(models, to_model_range(reference), torch.Generator().manual_seed(1_000_000))
     timed("encode")
 
     if config.motion:
         motion.to(models.device)
     else:
-        motion, state = learn(config, models, latents, source, settings, place)
+        motion, state = learn(config, models, latents, source_text, settings, place)
+    used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
     motion.use_mv &= config.motion_type == "object"
     timed("train")
 
@@ -2215,7 +2221,7 @@ def run(config):
         if config.noise_prior > 0:
             noise = blend_noise(inverted, noise, config.noise_prior)
         for n, (prompt, text) in enumerate(zip(config.prompts, texts), 1):
-            name, clips = f"{n}-" + re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60], []
+            name, clips = re.sub(r"[^a-z0-9]+", "-", f"{n} {prompt}".lower())[:62].strip("-"), []
             if config.seeds > 1:
                 name, prompt = f"{name}-seed{seed}", f"{prompt} (seed {seed})"
             # One after the other, to save memory.
@@ -2232,13 +2238,12 @@ def run(config):
         contact_sheet(rows).save(temporary)
     timed("write")
 
-    used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
     untrained = dict.fromkeys(TRAINING) if config.motion else {}
     record = dict(
         config={**dataclasses.asdict(config), **untrained, **used, "seed": config.seed},
         losses=None if config.motion else motion.losses.tolist(), seconds=seconds,
-        files=sorted(set(files)), invert_steps=INVERT_STEPS,
+        files=sorted({name for name in files if (out / name).exists()}), invert_steps=INVERT_STEPS,
         peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with atomic_write(out / "run.json") as temporary:
@@ -2259,8 +2264,8 @@ def guarded(job):
     except UserError as error:
         message = one_line(error)
     except KeyboardInterrupt:
-        message = ("interrupted; a training is kept, but for its last few steps: "
-                   "run the same command again and it goes on from there")
+        message = ("interrupted; a training is kept, but for its last few steps: run the same command again, "
+                   "and a training goes on from there")
     except (MemoryError, RuntimeError) as error:
         # torch has a class for it, but not for what the CPU's allocator and CUDA's libraries say.
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))

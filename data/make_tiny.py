@@ -396,7 +396,8 @@ def train_unet(stage, args):
         models.unet, prompts = unet, every[7::53]
         noise = torch.randn(len(prompts), 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
         text, negative = (mini_mi.encode_prompt(models, p) for p in (prompts, [""] * len(prompts)))
-        x = mini_mi.sample(models, noise.to(device), text, negative, steps=20, guidance=3.0, progress=False)
+        x = mini_mi.sample(models, noise.to(device), text, negative, steps=20,
+                           guidance=mini_mi.MODEL_DEFAULTS["tiny"]["guidance"], progress=False)
         rows = [(p, mini_mi.to_uint8(v)) for p, v in zip(prompts, mini_mi.decode_video(models, x))]
         mini_mi.contact_sheet(rows).save(path)
 

@@ -496,8 +496,8 @@ def test_a_relative_model_path_is_remembered_as_an_absolute_one(start, tiny_rand
 
 def test_a_motion_file_is_read_once_and_settings_are_checked_before_the_training(start, monkeypatch, tmp_path):
     motion = start()[1] / "motion.safetensors"
-    reads, real = [], mini_mi.load_tensors
-    monkeypatch.setattr(mini_mi, "load_tensors", lambda path: reads.append(str(path)) or real(path))
+    reads, real = [], mini_mi.read_safetensors
+    monkeypatch.setattr(mini_mi, "read_safetensors", lambda path: reads.append(str(path)) or real(path))
     assert start("--motion", motion, small=REUSE, shows=SHOWS[2:], out="again")[0] == 0
     assert reads.count(str(motion)) == 1
     monkeypatch.setattr(mini_mi, "train_motion", lambda *a, **k: pytest.fail("trains first"))

@@ -56,9 +56,9 @@ def test_safetensors_of_the_reference_package_is_read(tmp_path):
     tensors = {name: tensor.contiguous() for name, tensor in example().items()}
     safetensors.torch.save_file(tensors, path, {"k": "v"})
     assert_equal(mini_mi.load_tensors(path), tensors)
-    assert mini_mi.read_metadata(path) == {"k": "v"}
+    assert mini_mi.read_safetensors(path)[1] == {"k": "v"}
     safetensors.torch.save_file(tensors, path)
-    assert mini_mi.read_metadata(path) == {}
+    assert mini_mi.read_safetensors(path)[1] == {}
 
 
 def test_writing_into_a_loaded_tensor_leaves_the_file_alone(tmp_path):
