@@ -535,7 +535,7 @@ class UNet3DConditionModel(nn.Module):
         known = all(kind in kinds[0] for kind in c.down_block_types) and any(attention)
         if not known or len(attention) != n or list(c.up_block_types) != [
                 kind.replace("Down", "Up") for kind in reversed(c.down_block_types)]:
-            raise UserError(f"UNet config: down_block_types {c.down_block_types}, and their mirror "
+            raise UserError(f"UNet config: down_block_types {c.down_block_types}, which up_block_types mirror, "
                             f"should be of {kinds[0][2:]}, one with attention, as many as block_out_channels")
 
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
