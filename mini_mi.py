@@ -531,12 +531,12 @@ class UNet3DConditionModel(nn.Module):
             only=dict(downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", num_attention_heads=None,
                       time_cond_proj_dim=None))
         widths, n = c.block_out_channels, len(c.block_out_channels)
-        attention = [kind == "CrossAttnDownBlock3D" for kind in c.down_block_types]
-        known = all(kind in kinds[0] for kind in c.down_block_types) and any(attention)
-        if not known or len(attention) != n or list(c.up_block_types) != [
-                kind.replace("Down", "Up") for kind in reversed(c.down_block_types)]:
-            raise UserError(f"UNet config: down_block_types {c.down_block_types}, which up_block_types mirror, "
-                            f"should be of {kinds[0][2:]}, one with attention, as many as block_out_channels")
+        downs, ups = list(c.down_block_types), list(c.up_block_types)
+        attention = [kind == "CrossAttnDownBlock3D" for kind in downs]
+        if (not set(downs) <= set(kinds[0]) or not any(attention) or len(downs) != n
+                or ups != [kind.replace("Down", "Up") for kind in reversed(downs)]):
+            raise UserError(f"UNet config: down_block_types {downs} and their mirror up_block_types should "
+                            f"be of {kinds[0][2:]}, one with attention, as many as block_out_channels")
 
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0])
