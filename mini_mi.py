@@ -1884,8 +1884,8 @@ def loss_curve(losses):
 HERE = Path(__file__).resolve().parent
 # What a model was trained for; options that are not given take these. The second ones are the paper's.
 MODEL_DEFAULTS = {
-    "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.02, lr_schedule="constant", batch=2,
-                 loss="mse", sample_steps=25, guidance=1.5),
+    "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.03, lr_schedule="cosine", batch=2,
+                 loss="hybrid", sample_steps=25, guidance=1.5),
     "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, lr_schedule="constant", batch=1,
                   loss="mse", sample_steps=30, guidance=12.0)}
 INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
