@@ -1938,7 +1938,7 @@ class Config:
 
     frames: int = option(None, "frames of the clips", within=(2, 1e4))
     size: str = option(None, "WIDTHxHEIGHT in pixels")
-    fps: int = option(None, "frames per second of what is written", within=(1, 1000))
+    fps: int = option(None, "frames per second of what is written", within=(1, 500))
     format: str = option("gif", "kind of file for the clips", choices=("gif", "webp", "mp4"))
     seed: int = option(0, "random seed of training and sampling", within=(0, 2 ** 62))
     device: str = option("auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu")
@@ -2053,6 +2053,8 @@ def complete(config, source):
         raise UserError('say what the reference shows, --source-prompt "...": what the text explains, '
                         "the motion embeddings need not learn")
     check_ranges(config)
+    if config.format == "gif" and config.fps > 50:
+        raise UserError(f"--fps {config.fps}: a GIF shows at most 50 frames a second; take --format mp4 or webp")
     if config.format == "mp4":
         call("ffmpeg", "-version")                              # is it there? Now, not after the training
     config.device = pick_device(config.device)

@@ -292,7 +292,7 @@ def test_bad_videos(bad, tmp_path, clip, name, kind, match):
     ("--steps", ["--steps", 0]), ("--lr", ["--lr", 0]), ("--lr", ["--lr", "nan"]),
     ("--noise-prior", ["--noise-prior", 2]),
     ("--guidance", ["--guidance", "nan"]), ("--seed", ["--seed", -1]), 
-    ("--fps", ["--fps", 0]), ("--snapshots", ["--snapshots", "x"]),
+    ("--fps", ["--fps", 0]), ("at most 50", ["--fps", 60]), ("--snapshots", ["--snapshots", "x"]),
     ("levels", ["--levels", "1"]), ("levels", ["--levels", "7"]), ("--frobnicate", ["--frobnicate"]),
     ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 0]),
     ("steps", ["--sample-steps", 1000]),
