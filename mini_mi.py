@@ -2054,7 +2054,7 @@ def complete(config, source):
                         "the motion embeddings need not learn")
     check_ranges(config)
     if config.format == "gif" and config.fps > 50:
-        raise UserError(f"--fps {config.fps}: a GIF shows at most 50 frames a second; take --format mp4 or webp")
+        raise UserError(f"--fps {config.fps}: a GIF shows at most 50 frames a second; take mp4 or webp")
     if config.format == "mp4":
         call("ffmpeg", "-version")                              # is it there? Now, not after the training
     config.device = pick_device(config.device)
