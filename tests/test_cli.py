@@ -120,7 +120,8 @@ def test_reused_motion_gives_the_same_frames(start, capsys):
 
 def test_a_motion_file_remembers_how_its_clip_was_read(start, clip, tmp_path, capsys):
     """Model, frames, size and part are those of the training, unless they are given; so is the prompt."""
-    _, first = start("--start", 0.125, "--duration", 0.5, small=[*SMALL[:3], "40x32", *SMALL[4:]], prior="0.5")
+    _, first = start("--start", 0.125, "--duration", 0.5,
+                     small=[*SMALL[:3], "40x32", *SMALL[4:]], prior="0.5")
     motion = first / "motion.safetensors"
     status, again = start("--motion", motion, small=SMALL[6:], shows=SHOWS[2:], video=None, model=None,
                           prior="0.5", out="again")
@@ -213,7 +214,8 @@ def test_help_shows_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     for flag in ("no-mqk no-mv debias mqk-dims mv-dims motion-type video source-prompt prompt motion steps "
-                 "lr lr-schedule negative-prompt loss sample-steps guidance noise-prior frames size start duration format seeds "
+                 "lr lr-schedule negative-prompt loss sample-steps guidance noise-prior frames size "
+                 "start duration format seeds "
                  "no-compare fps seed "
                  "device dtype model out levels snapshots dry-run").split():
         assert f"--{flag}" in text
@@ -390,7 +392,8 @@ def test_bad_motion_files(bad, tmp_path):
     motion.save(tmp_path / "infinite.safetensors")
     torch.save({"a.pos_embed": Evil(tmp_path / "was-run")}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, match in (("missing.safetensors", "cannot be read .No such file"), ("cut.safetensors", "damaged"),
+    for name, match in (("missing.safetensors", "cannot be read .No such file"),
+                        ("cut.safetensors", "damaged"),
                         ("infinite.safetensors", "not finite"), ("evil.pt", "refused"),
                         ("text.pt", "refused"),
                         ("other.safetensors", "do not fit the model")):
@@ -447,7 +450,8 @@ def test_a_rerun_sets_the_older_results_aside(start, capsys):
 def test_an_earlier_record_cannot_move_files_from_elsewhere(start, tmp_path):
     (tmp_path / "precious").write_text("stays")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "run.json").write_text(json.dumps(dict(files=["../precious", str(tmp_path / "precious"), 7])))
+    (tmp_path / "out" / "run.json").write_text(
+        json.dumps(dict(files=["../precious", str(tmp_path / "precious"), 7])))
     assert start()[0] == 0 and (tmp_path / "precious").read_text() == "stays"
 
 
@@ -488,13 +492,16 @@ def test_other_formats(start, kind):
 def test_a_relative_model_path_is_remembered_as_an_absolute_one(start, tiny_random, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_random.parent)
     _, out = start(model=tiny_random.name)
-    assert mini_mi.MotionEmbeddings.load(out / "motion.safetensors").source["model"] == str(tiny_random.resolve())
+    assert (mini_mi.MotionEmbeddings.load(out / "motion.safetensors").source["model"]
+            == str(tiny_random.resolve()))
     monkeypatch.chdir(tmp_path)
-    status, _ = start("--motion", out / "motion.safetensors", model=None, small=REUSE, shows=SHOWS[2:], out="again")
+    status, _ = start("--motion", out / "motion.safetensors", model=None, small=REUSE, shows=SHOWS[2:],
+                     out="again")
     assert status == 0
 
 
-def test_a_motion_file_is_read_once_and_settings_are_checked_before_the_training(start, monkeypatch, tmp_path):
+def test_a_motion_file_is_read_once_and_settings_are_checked_before_the_training(
+        start, monkeypatch, tmp_path):
     motion = start()[1] / "motion.safetensors"
     reads, real = [], mini_mi.read_safetensors
     monkeypatch.setattr(mini_mi, "read_safetensors", lambda path: reads.append(str(path)) or real(path))
@@ -503,13 +510,15 @@ def test_a_motion_file_is_read_once_and_settings_are_checked_before_the_training
     monkeypatch.setattr(mini_mi, "train_motion", lambda *a, **k: pytest.fail("trains first"))
     monkeypatch.setattr(mini_mi, "INVERT_STEPS", 1001)  # more than the schedule has
     assert start(prior="0.5")[0] == 2
-    with pytest.raises(pytest.fail.Exception, match="trains first"):  # without inversion its steps do not count
+    # Without inversion its steps do not count.
+    with pytest.raises(pytest.fail.Exception, match="trains first"):
         start(prior="0", out="another")
 
 
 def test_a_console_that_cannot_print_a_character_prints_a_substitute(start, clip, tiny_random, tmp_path):
-    command = [sys.executable, str(ROOT / "mini_mi.py"), "--model", str(tiny_random), "--video", str(clip), "--frames",
-               "4", "--size", "32x32", "--source-prompt", "\u661f", "--prompt", "caf\u00e9 \u2605", "--dry-run"]
+    command = [sys.executable, str(ROOT / "mini_mi.py"), "--model", str(tiny_random), "--video", str(clip),
+               "--frames", "4", "--size", "32x32", "--source-prompt", "\u661f",
+               "--prompt", "caf\u00e9 \u2605", "--dry-run"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0 and b"caf\xe9 ?" in done.stdout and b"Traceback" not in done.stderr
     done = subprocess.run([*command, "--video", str(tmp_path / "\u2605.gif")], capture_output=True,
@@ -517,7 +526,8 @@ def test_a_console_that_cannot_print_a_character_prints_a_substitute(start, clip
     assert done.returncode == 2 and b"?.gif does not exist" in done.stderr and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["motion.safetensors", "1-a-green-circle.gif", "sheet.png", "run.json", "loss.png"])
+@pytest.mark.parametrize("name", [
+    "motion.safetensors", "1-a-green-circle.gif", "sheet.png", "run.json", "loss.png"])
 def test_a_full_disk_is_one_line(start, capsys, monkeypatch, name):
     """Whatever is being written then; what was written before stays."""
     real = mini_mi.os.replace
@@ -530,12 +540,14 @@ def test_a_full_disk_is_one_line(start, capsys, monkeypatch, name):
     monkeypatch.setattr(mini_mi.os, "replace", full)
     status, out = start()
     errors = capsys.readouterr().err.strip().splitlines()[-1]
-    assert status == 2 and re.search(f"error: cannot write .*{name} .No space left on device.: make room", errors)
+    assert status == 2 and re.search(
+        f"error: cannot write .*{name} .No space left on device.: make room", errors)
     assert not (out / name).exists() and not list(out.glob(".*"))
 
 
 def test_a_continued_training_says_nothing_of_snapshots_that_it_has(start, capsys, tmp_path, monkeypatch):
-    """An interrupted run wrote the snapshot of step 1; the one that goes on from there neither makes nor misses it."""
+    """An interrupted run wrote the snapshot of step 1; the one that goes on from there neither makes
+    nor misses it."""
     real, small = mini_mi.MotionEmbeddings.save, [*SMALL[:5], "4", *SMALL[6:]]
 
     def interrupt(self, path):

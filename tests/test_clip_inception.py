@@ -16,10 +16,13 @@ def relative(a, b):
 
 @pytest.mark.parametrize("eos, act", [(2, "quick_gelu"), (98, "gelu")])
 def test_clip_equals_transformers(eos, act):
-    """Both towers, both activations, both rules for where the text ends, with the library's complete config."""
-    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, hidden_act=act)
+    """Both towers, both activations, both rules for where the text ends, with the library's complete
+    config."""
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                 hidden_act=act)
     config = transformers.CLIPConfig(
-        text_config=dict(**tower, vocab_size=99, max_position_embeddings=12, eos_token_id=eos, bos_token_id=97),
+        text_config=dict(**tower, vocab_size=99, max_position_embeddings=12, eos_token_id=eos,
+                         bos_token_id=97),
         vision_config=dict(**tower, image_size=32, patch_size=8), projection_dim=24)
     torch.manual_seed(0)
     reference = transformers.CLIPModel(config).eval()
@@ -47,7 +50,8 @@ def det(shape, j):
 
 
 def test_inception_equals_pytorch_fid():
-    """golden/inception.npz holds the features that pytorch-fid's network gave for the same weights and pictures."""
+    """golden/inception.npz holds the features that pytorch-fid's network gave for the same weights
+    and pictures."""
     golden = np.load(Path(__file__).parent / "golden" / "inception.npz")
     keys = json.loads(str(golden["meta"]))["keys"]
     model = eval_mi.InceptionV3().eval()
@@ -65,7 +69,7 @@ def test_inception_equals_pytorch_fid():
         else:
             v = 0.1 * v
         weights[key] = v
-    model.load_state_dict(weights)                     # a file without num_batches_tracked loads, as the real one does
+    model.load_state_dict(weights)            # a file without num_batches_tracked loads, as the real one does
     with torch.no_grad():
         features = model((det((3, 3, 64, 96), 7001) + 1) / 2)
     assert relative(features, torch.from_numpy(golden["features"])) < 1e-4

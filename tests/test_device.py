@@ -63,14 +63,17 @@ def test_the_whole_path(far, loss, checkpointing, prediction):
     far.scheduler = copy.copy(far.scheduler)
     far.scheduler.v_prediction = prediction == "v_prediction"
     seen = []
-    hook = far.unet.register_forward_hook(lambda module, inputs, out: seen.append((out.device.type, out.dtype)))
+    hook = far.unet.register_forward_hook(
+        lambda module, inputs, out: seen.append((out.device.type, out.dtype)))
     video = torch.zeros(1, 3, 4, 32, 32)
     latents = mini_mi.encode_video(far, video, torch.Generator().manual_seed(0))
-    assert latents.device.type == "meta" and latents.dtype == torch.float32 and latents.shape == (1, 4, 4, 4, 4)
+    assert (latents.device.type == "meta" and latents.dtype == torch.float32
+            and latents.shape == (1, 4, 4, 4, 4))
     text = mini_mi.encode_prompt(far, ["a red star"])
     assert text.device.type == "meta" and text.dtype == torch.float16
     shown = []
-    motion = mini_mi.train_motion(far, latents, text, steps=8, batch=2, loss=loss, checkpointing=checkpointing,
+    motion = mini_mi.train_motion(far, latents, text, steps=8, batch=2, loss=loss,
+                                  checkpointing=checkpointing,
                                   on_step=lambda step, motion: shown.append(step), progress=False)
     assert shown == list(range(1, 9)) and motion.losses.shape == (8,)
     assert {p.device.type for p in motion.parameters()} == {"meta"}

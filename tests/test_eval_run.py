@@ -22,13 +22,13 @@ from conftest import ROOT, train_bpe, write_model, write_tokenizer
 from data import world
 
 UNET = dict(down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
-            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[8, 16], layers_per_block=1,
-            cross_attention_dim=32, attention_head_dim=8, norm_num_groups=4)
+            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[8, 16],
+            layers_per_block=1, cross_attention_dim=32, attention_head_dim=8, norm_num_groups=4)
 TOWER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 # 3 clips, 1 prompt, 2 seeds: 8 variants x 6, reconstruct 6, vae 3.
 CELLS = 8 * 6 + 6 + 3
-SMALL = ["--clip-count", "3", "--prompt-count", "1", "--seed-count", "2", "--steps", "2", "--sample-steps", "2",
-         "--invert-steps", "2", "--frames", "4", "--size", "64x64", "--guidance", "2",
+SMALL = ["--clip-count", "3", "--prompt-count", "1", "--seed-count", "2", "--steps", "2",
+         "--sample-steps", "2", "--invert-steps", "2", "--frames", "4", "--size", "64x64", "--guidance", "2",
          "--grid", "8", "--device", "cpu", "--lr", "0.5", "--batch", "1"]
 
 
@@ -93,7 +93,7 @@ def copy(finished, tmp_path):
     return tmp_path / "out"
 
 
-# ------------------------------------------------------------------------------------------------- the whole run
+# ---------------------------------------------------------------------------------------------- the whole run
 
 def test_a_run_counts_every_cell_once(finished):
     results = json.loads((finished / "results.json").read_text())
@@ -112,7 +112,8 @@ def test_a_run_counts_every_cell_once(finished):
 
 
 def test_the_variants_do_what_they_say(finished, model):
-    """Videos of paired cells start alike and differ where the variant says; reconstruct asks for the caption."""
+    """Videos of paired cells start alike and differ where the variant says; reconstruct asks for the
+    caption."""
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, finished)))
     video = {(c.variant.name, c.clip.name, c.seed): frames_of(lab, c) for c in lab.cells}
     name = lab.clips[0].name
@@ -146,7 +147,8 @@ def test_a_variant_equals_mini_mi_by_hand(finished, model):
 def test_names_of_files_say_what_they_hold(finished):
     names = {re.sub("-[0-9a-f]{12}(?=[.])", "", name) for name in files(finished)}
     assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz", "noise/spiral.npz",
-            "scores/spiral/vae-own-s0.npz", "references/spiral.npz", "figures/figure_eight-full-r0.npz"} <= names
+            "scores/spiral/vae-own-s0.npz", "references/spiral.npz",
+            "figures/figure_eight-full-r0.npz"} <= names
     assert not any(name.endswith(".training") for name in names)   # states of interrupted trainings are gone
 
 
@@ -165,7 +167,7 @@ def test_a_fingerprint_is_cheap_and_sees_other_weights(tmp_path):
     big = tmp_path / "unet" / "big.safetensors"
     big.parent.mkdir()
     with open(big, "wb") as file:
-        file.truncate(1 << 36)                                   # 64 GiB of nothing: a walk would take minutes
+        file.truncate(1 << 36)                                  # 64 GiB of nothing: a walk would take minutes
     first = eval_mi.fingerprint(big.parent)
     with open(big, "r+b") as file:
         file.seek(-1, 2)
@@ -234,14 +236,16 @@ def test_report_html_is_one_self_contained_page(finished):
     for name in eval_mi.DEFAULT_VARIANTS:
         assert f'aria-label="{name}"' in page and f">{name}<" in page
     # The answers come first, then the picture, then the table.
-    places = [page.index(what) for what in ("no-mqk against full, 3 clips", "Differences from full", "<table")]
+    places = [page.index(what)
+              for what in ("no-mqk against full, 3 clips", "Differences from full", "<table")]
     assert places == sorted(places)
 
 
 def test_results_md_answers_first(finished):
     text = (finished / "results.md").read_text(encoding="utf-8")
     assert text.startswith("- no-mqk against full, 3 clips: ")
-    places = [text.index(what) for what in ("no-mv against full", "](results.svg)", "| full |", "drop-mv against")]
+    places = [text.index(what)
+              for what in ("no-mv against full", "](results.svg)", "| full |", "drop-mv against")]
     assert places == sorted(places)
     assert text.count("| full |") == 2                           # the table and the details
     line = next(x for x in text.splitlines() if x.startswith("| full |"))
@@ -261,9 +265,9 @@ def test_the_forest_plot_is_a_file_of_its_own(finished):
 def test_mv_as_trained_is_not_mv_debiased(finished):
     (path,) = (finished / "figures").iterdir()
     arrays = eval_mi.read_arrays(path)
-    assert arrays["about"]["block"].startswith("down_blocks.0.")                              # the first, in every process
+    assert arrays["about"]["block"].startswith("down_blocks.0.")                 # the first, in every process
     raw, debiased = arrays["mv_raw"], arrays["mv_debiased"]
-    assert raw.shape == debiased.shape and np.allclose(raw[0], debiased[0])        # Eq. 5 keeps the first frame
+    assert raw.shape == debiased.shape and np.allclose(raw[0], debiased[0])      # Eq. 5 keeps the first frame
     assert not np.allclose(raw[1:], debiased[1:], rtol=0.05)
     assert not np.array_equal(arrays["with_mqk"], arrays["without_mqk"])
 
@@ -281,7 +285,7 @@ def test_two_trainings_tell_their_spread(model, tmp_path):
     assert eval_mi.main(arguments(model, tmp_path, *more)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {r["name"]: r["n"] for r in results["rows"]} == {"full": 12, "no-mqk": 12, "no-mv": 12, "base": 6}
-    assert [c["pairs"] for c in results["comparisons"]] == [6, 6, 6]               # trainings of a sample: their mean
+    assert [c["pairs"] for c in results["comparisons"]] == [6, 6, 6]       # trainings of a sample: their mean
     assert [(c["name"], c["metric"], c["shape"]) for c in results["components"]] == [
         (name, metric, [3, 2, 2]) for name in eval_mi.ABLATIONS for metric in eval_mi.PRIMARY]
     assert all(None not in c["deviations"] for c in results["components"])
@@ -318,7 +322,7 @@ def test_the_bar_moves_with_every_training_step(model, tmp_path, monkeypatch):
     assert steps == [3] * 5 + [2 * 2 * 2] and total == sum(steps) and name.endswith(": full")
 
 
-# ------------------------------------------------------------------------------ interrupted, damaged, shared, changed
+# ---------------------------------------------------------------------- interrupted, damaged, shared, changed
 
 def test_an_interrupted_run_goes_on_and_equals_one_that_was_not(finished, model, tmp_path):
     out = tmp_path / "out"
@@ -334,7 +338,7 @@ def test_an_interrupted_run_goes_on_and_equals_one_that_was_not(finished, model,
     assert eval_mi.main(arguments(model, out)) == 0
     assert json.loads((out / "results.json").read_text())["run"]["computed"] == CELLS - scores
     after = files(out)
-    assert all(after[name] == when for name, when in kept.items())                 # nothing was computed again
+    assert all(after[name] == when for name, when in kept.items())                # nothing was computed again
     assert_same(table(out), table(finished))
 
 
@@ -395,7 +399,7 @@ def test_damaged_files_are_set_aside_reported_and_made_again(copy, model, capsys
         data[len(data) // 2] ^= 255                                                # one byte
         path.write_bytes(data)
     victims[1].write_bytes(victims[1].read_bytes()[:100])                          # cut off
-    lab.sample_path(three).unlink()                                                # asks for that training again
+    lab.sample_path(three).unlink()                                                # asks to train that again
     assert eval_mi.main(arguments(model, copy)) == 0
     said = capsys.readouterr().err
     assert said.count("is damaged") == 3 and "Traceback" not in said
@@ -454,10 +458,11 @@ def test_every_variant_runs(model, tmp_path):
     assert results["comparisons"][0]["metrics"]["motion_fidelity"]["low"] is None  # JSON knows no infinity
 
 
-# ------------------------------------------------------------------------------------------------ User Preference
+# -------------------------------------------------------------------------------------------- User Preference
 
 def write_votes(path, lab, picks):
-    """A file as the page saves it; picks: participant -> the variant chosen everywhere, or None for a careless one."""
+    """A file as the page saves it; picks: participant -> the variant chosen everywhere, or None for a
+    careless one."""
     questions, variant_of, run_id = eval_mi.ballot_questions(lab)
     checks = eval_mi.attention_checks(questions, run_id)
     with open(path, "w", newline="") as file:
@@ -491,7 +496,8 @@ def test_a_ballot_from_finished_cells_and_its_votes_in_the_table(copy, model, mo
     assert eval_mi.main(arguments(model, copy, "--votes", *given)) == 0
     results = json.loads((copy / "results.json").read_text())
     votes = {r["name"]: r["preference"] for r in results["rows"]}
-    assert [votes[n]["share"] for n in ("full", "no-mqk", "no-mv", "base")] == pytest.approx([4 / 6, 2 / 6, 0, 0])
+    assert [votes[n]["share"] for n in ("full", "no-mqk", "no-mv", "base")] == pytest.approx(
+        [4 / 6, 2 / 6, 0, 0])
     assert (votes["full"]["n"], votes["full"]["participants"], votes["full"]["chance"]) == (18, 6, 0.25)
     assert votes["drop-mv"] is None
     mean, _, _, p = results["preference"]["tests"]["no-mv"]
@@ -507,7 +513,7 @@ def test_a_ballot_keeps_its_questions_and_says_what_it_lacks(copy, model, capsys
     first = (copy / "ballot.html").read_text(encoding="utf-8")
     assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,base")) == 0
     assert (copy / "ballot.html").read_text(encoding="utf-8") == first
-    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0                   # other variants: another ballot
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0              # other variants: another ballot
     assert (copy / "ballot.html").read_text(encoding="utf-8") != first
     assert eval_mi.main(arguments(model, copy, "--ballot", "--guidance", "3")) == 2
     assert "ballot.json" in capsys.readouterr().err
@@ -515,20 +521,23 @@ def test_a_ballot_keeps_its_questions_and_says_what_it_lacks(copy, model, capsys
     assert "mv-1d" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("more, said", [
     (["--variants", "full,no-such"], "no-such"), (["--clip-count", "0"], "--clip-count"),
     (["--clips", str(ROOT / "data" / "clips"), "--clip-count", "99"], "--clip-count"),
-    (["--clips", str(ROOT / "data" / "clips"), "--frames", "40"], "has 16 frames"), (["--training-seeds", "0"], "--training-seeds"),
+    (["--clips", str(ROOT / "data" / "clips"), "--frames", "40"], "has 16 frames"),
+    (["--training-seeds", "0"], "--training-seeds"),
     (["--prompt-count", "9"], "--prompt-count"), (["--size", "64"], "WIDTHxHEIGHT"),
     (["--size", "60x64"], "multiples of 8"), (["--frames", "1"], "--frames"), (["--steps", "0"], "--steps"),
-    (["--split", "train"], "--split"), (["--size", "64x32"], "square"), (["--dtype", "int8"], "--dtype"), (["--clips", "nowhere"], "nowhere"),
-    (["--model", "nowhere"], "nowhere"), (["--clip", "nowhere"], "nowhere"), (["--votes", "nowhere"], "ballot"),
-    (["--ballot", "--ballot-variants", "full"], "--ballot-variants"), (["--ballot-variants", "vae,full"], "--ballot-variants"),
+    (["--split", "train"], "--split"), (["--size", "64x32"], "square"), (["--dtype", "int8"], "--dtype"),
+    (["--clips", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"),
+    (["--clip", "nowhere"], "nowhere"), (["--votes", "nowhere"], "ballot"),
+    (["--ballot", "--ballot-variants", "full"], "--ballot-variants"),
+    (["--ballot-variants", "vae,full"], "--ballot-variants"),
     (["--noise-prior", "2"], "--noise-prior"), (["--no-such-option"], "--no-such-option"),
-    (["--tracker", "magic"], "--tracker"), (["--device", "cuda:77"], "cuda"), (["--device", "gpu"], "--device"),
-    (["--guidance", "nan"], "--guidance"),
+    (["--tracker", "magic"], "--tracker"), (["--device", "cuda:77"], "cuda"),
+    (["--device", "gpu"], "--device"), (["--guidance", "nan"], "--guidance"),
     (["--out", str(ROOT / "README.md")], "--out")])
 def test_bad_input_is_one_line_and_status_2(finished, model, capsys, more, said):
     assert eval_mi.main(arguments(model, finished, "--report", *more)) == 2
@@ -538,7 +547,8 @@ def test_bad_input_is_one_line_and_status_2(finished, model, capsys, more, said)
 
 @pytest.mark.parametrize("index, said", [
     ({"a": {"caption": "a red star", "prompts": []}}, "prompts"), ({"a": {"prompts": ["x"]}}, "caption"),
-    ({"a": {"caption": "x", "prompts": "y"}}, "prompts"), ({"a": {"caption": "x", "prompts": ["y"]}}, "no such clip"), ({"a": 3}, "caption")])
+    ({"a": {"caption": "x", "prompts": "y"}}, "prompts"),
+    ({"a": {"caption": "x", "prompts": ["y"]}}, "no such clip"), ({"a": 3}, "caption")])
 def test_bad_clips_json(model, tmp_path, capsys, index, said):
     (tmp_path / "clips.json").write_text(json.dumps(index))
     more = ("--clips", str(tmp_path), "--clip-count", "1")
@@ -583,7 +593,8 @@ def test_texts_that_the_tiny_world_cannot_show(model, tmp_path, capsys):
     shutil.copy(ROOT / "data" / "clips" / "spiral.webp", tmp_path)
     entry = {"caption": "a dog on a sofa", "prompts": ["a red star on a teal plain background"]}
     (tmp_path / "clips.json").write_text(json.dumps({"spiral": entry}))
-    assert eval_mi.main(arguments(model, tmp_path / "out", "--clips", str(tmp_path), "--clip-count", "1")) == 2
+    assert eval_mi.main(arguments(
+        model, tmp_path / "out", "--clips", str(tmp_path), "--clip-count", "1")) == 2
     assert "a dog on a sofa" in capsys.readouterr().err
 
 

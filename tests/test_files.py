@@ -264,16 +264,20 @@ def test_a_missing_shard_is_named(tmp_path, tiny_random):
     rewrite(folder, "sharded")
     next(folder.glob("*-00002-*")).unlink()
     with pytest.raises(mini_mi.UserError, match="00002-of-00003.safetensors cannot be read .No such file"):
-        mini_mi.load_module(mini_mi.UNet3DConditionModel, folder, "diffusion_pytorch_model", "cpu", torch.float32)
+        mini_mi.load_module(mini_mi.UNet3DConditionModel, folder, "diffusion_pytorch_model",
+                            "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("unet/config.json", dict(block_out_channels=7)), ("unet/config.json", dict(block_out_channels=[32, -64])),
-    ("unet/config.json", dict(block_out_channels=["a", "b"])), ("unet/config.json", dict(layers_per_block="two")),
+    ("unet/config.json", dict(block_out_channels=7)),
+    ("unet/config.json", dict(block_out_channels=[32, -64])),
+    ("unet/config.json", dict(block_out_channels=["a", "b"])),
+    ("unet/config.json", dict(layers_per_block="two")),
     ("unet/config.json", dict(norm_num_groups=0)), ("unet/config.json", dict(attention_head_dim=None)),
     ("vae/config.json", dict(block_out_channels=16)), ("vae/config.json", dict(scaling_factor="0.18")),
     ("vae/config.json", dict(latent_channels=-4)), ("text_encoder/config.json", dict(hidden_size=[32])),
-    ("text_encoder/config.json", dict(num_attention_heads=0)), ("text_encoder/config.json", dict(vocab_size={})),
+    ("text_encoder/config.json", dict(num_attention_heads=0)),
+    ("text_encoder/config.json", dict(vocab_size={})),
     ("scheduler/scheduler_config.json", dict(num_train_timesteps=-1)),
     ("scheduler/scheduler_config.json", dict(beta_start="small")),
     ("scheduler/scheduler_config.json", dict(steps_offset=[1])),
@@ -282,7 +286,8 @@ def test_a_missing_shard_is_named(tmp_path, tiny_random):
     ("tokenizer/tokenizer_config.json", dict(model_max_length=10**30)),
     ("tokenizer/special_tokens_map.json", dict(pad_token=["!"]))])
 def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tiny_random, name, changes):
-    """A number where a list belongs, a negative width, a token that is no text: at load, not in the middle."""
+    """A number where a list belongs, a negative width, a token that is no text: at load, not in the
+    middle."""
     model = shutil.copytree(tiny_random, tmp_path / "model")
     (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), **changes}))
     try:
@@ -295,12 +300,14 @@ def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tin
 
 
 def test_unknown_fields_are_ignored_and_known_ones_are_not(tmp_path):
-    fields = dict(only=dict(form="a", one=("b", "c"), parts=(1, 2)), width=4, parts=(1, 2, 2), rate=0.5, other=None)
+    fields = dict(only=dict(form="a", one=("b", "c"), parts=(1, 2)),
+                  width=4, parts=(1, 2, 2), rate=0.5, other=None)
     config = mini_mi.read_config("x", dict(width=8, magic=True, rate=1, other=[3], _private=0), **fields)
     assert vars(config) == dict(width=8, form="a", one="b", parts=(1, 2, 2), rate=1, other=[3])
     assert mini_mi.read_config("x", dict(one="c", parts=[2, 1]), **fields).parts == [2, 1]
     for bad, match in ((dict(form="b"), "form = b is not implemented"), (dict(width="8"), "width = '8'"),
-                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate"), (dict(parts=[1, 3]), "not implemented"),
+                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate"),
+                       (dict(parts=[1, 3]), "not implemented"),
                        (dict(parts=2), "parts = 2 cannot be")):
         with pytest.raises(mini_mi.UserError, match=match):
             mini_mi.read_config("x", bad, **fields)

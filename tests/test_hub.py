@@ -71,7 +71,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    for name in "HF_TOKEN HF_TOKEN_PATH HF_HUB_CACHE HF_HUB_OFFLINE XDG_CACHE_HOME http_proxy HTTP_PROXY".split():
+    for name in ("HF_TOKEN HF_TOKEN_PATH HF_HUB_CACHE HF_HUB_OFFLINE XDG_CACHE_HOME "
+                 "http_proxy HTTP_PROXY").split():
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(mini_mi.time, "sleep", lambda seconds: None)
     yield server
@@ -274,7 +275,8 @@ def test_a_model_is_fetched_safetensors_first_and_works_offline(hub, monkeypatch
 
 def test_sharded_and_fp16_weights_and_tokenizers_of_today_are_fetched(hub):
     """Each part in another of the forms in circulation."""
-    shards = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"]
+    shards = ["diffusion_pytorch_model-00001-of-00002.safetensors",
+              "diffusion_pytorch_model-00002-of-00002.safetensors"]
     index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}).encode()
     hub.small = {name: b"{}" for name in MODEL if not name.startswith("tokenizer")}
     hub.small |= {"tokenizer/tokenizer.json": b"{}", "tokenizer/tokenizer_config.json": b"{}",
@@ -303,7 +305,8 @@ def test_an_index_that_names_files_elsewhere_is_refused(hub):
 
 def test_a_model_that_lacks_a_file_is_not_complete(hub):
     hub.small = {name: b"{}" for name in MODEL if name != "unet/config.json"}
-    hub.large = {"text_encoder/model.safetensors": WEIGHTS, "vae/diffusion_pytorch_model.safetensors": WEIGHTS}
+    hub.large = {"text_encoder/model.safetensors": WEIGHTS,
+                 "vae/diffusion_pytorch_model.safetensors": WEIGHTS}
     for _ in range(2):
         with pytest.raises(mini_mi.NotOnHub, match="unet/config.json"):
             mini_mi.fetch_model(REPO)

@@ -17,7 +17,7 @@ def straight(dx, dy, frames=6, start=(10, 10)):
     return [(start[0] + dx * k, start[1] + dy * k) for k in range(frames)]
 
 
-# ---------------------------------------------------------------------------------------------- frame features
+# --------------------------------------------------------------------------------------------- frame features
 
 def test_text_similarity_is_a_mean_of_cosines_whatever_the_lengths():
     frames = np.array([[3.0, 0], [0, 5], [2, 2]])
@@ -43,10 +43,11 @@ def test_best_text_takes_the_best_on_average():
     assert eval_mi.best_text(frames, [[0.0, 1], [1, 0]]) == 1
 
 
-# -------------------------------------------------------------------------------------- distances of distributions
+# --------------------------------------------------------------------------------- distances of distributions
 
 def test_frechet_distance_of_known_gaussians():
-    """Diagonal covariances: |mu1-mu2|^2 + sum (sigma1 - sigma2)^2, from samples with exactly these moments."""
+    """Diagonal covariances: |mu1-mu2|^2 + sum (sigma1 - sigma2)^2, from samples with exactly these
+    moments."""
     base = np.array([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * np.sqrt(3 / 4)       # covariance 1 with N-1
     x, y = base * [1, 2], base * [3, 2.5] + [1, -2]
     assert eval_mi.frechet_distance(x, y) == pytest.approx(1 + 4 + 2 ** 2 + 0.5 ** 2)
@@ -87,7 +88,7 @@ def test_distances_refuse_what_has_no_answer(bad):
             distance(np.ones((4, 2)), bad)
 
 
-# ------------------------------------------------------------------------------------------------ motion fidelity
+# -------------------------------------------------------------------------------------------- motion fidelity
 
 def test_motion_fidelity_of_identical_and_opposite_motion():
     a = np.cumsum(np.random.default_rng(0).normal(size=(7, 9, 2)) * 3, axis=1)
@@ -95,7 +96,8 @@ def test_motion_fidelity_of_identical_and_opposite_motion():
     right = tracks_of(straight(2, 0))
     assert eval_mi.motion_fidelity(right, tracks_of(straight(-5, 0))) == -1
     assert eval_mi.motion_fidelity(right, tracks_of(straight(0, 3))) == pytest.approx(0)
-    assert eval_mi.motion_fidelity(right, tracks_of(straight(9, 0, start=(50, 3)))) == 1     # not speed, not place
+    # Not speed, not place.
+    assert eval_mi.motion_fidelity(right, tracks_of(straight(9, 0, start=(50, 3)))) == 1
 
 
 def test_motion_fidelity_by_hand_with_two_directions_and_a_rest():
@@ -108,7 +110,7 @@ def test_motion_fidelity_by_hand_with_two_directions_and_a_rest():
         [(0, 0), (2, 0), (4, 0), (4, 0), (4, 0)])
     assert eval_mi.motion_fidelity(late, early) == pytest.approx(1 / 4)
     both = tracks_of([(0, 0), (2, 0), (2, 0), (4, 0)])
-    assert eval_mi.motion_fidelity(both, both) == 1                                          # still in both: 1
+    assert eval_mi.motion_fidelity(both, both) == 1                                         # still in both: 1
 
 
 def test_static_tracks_do_not_mask_opposite_motion_and_give_no_nan():
@@ -140,12 +142,12 @@ def test_dmt_mode_reproduces_the_published_code():
     assert eval_mi.motion_fidelity(a, b, mode="dmt") == pytest.approx(expected, abs=1e-6)
     assert eval_mi.motion_fidelity(a, a, mode="dmt") < 0.9                                   # identical clips
     a[0] = a[0, :1]
-    assert np.isnan(eval_mi.motion_fidelity(a, b, mode="dmt"))                               # one static track
+    assert np.isnan(eval_mi.motion_fidelity(a, b, mode="dmt"))                               # a static track
     with pytest.raises(ValueError):
         eval_mi.motion_fidelity(a, b[:5], mode="dmt")
 
 
-# ------------------------------------------------------------------------------------------------------- tracker
+# ---------------------------------------------------------------------------------------------------- tracker
 
 def texture(size, seed=0):
     """A smooth random picture (size,size,3), larger than the window that is cut from it."""
@@ -201,7 +203,8 @@ def moving_tracks(video):
 
 
 def test_fidelity_of_tracked_clips_ranks_as_it_must():
-    """The same motion of something else is near 1; shuffled, frozen, reversed and other motion are far below."""
+    """The same motion of something else is near 1; shuffled, frozen, reversed and other motion are far
+    below."""
     reference = moving_tracks(clip(36, "figure_eight", "a red star on a teal checkered background"))
     same = clip(36, "figure_eight", "a green circle on a grey plain background")
 

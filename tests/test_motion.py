@@ -235,7 +235,8 @@ def test_the_paper_comes_first():
     """A reader meets the whole method before any part of the frozen model or of the plumbing."""
     lines = (ROOT / "mini_mi.py").read_text(encoding="utf-8").split("\n")
     banner = {name: next(n for n, line in enumerate(lines, 1) if line.startswith(f"#   {name}: "))
-              for name in ("THE PAPER", "LEARN IT", "USE IT", "THE HYBRID LOSS", "THE FROZEN MODEL", "PLUMBING")}
+              for name in ("THE PAPER", "LEARN IT", "USE IT", "THE HYBRID LOSS", "THE FROZEN MODEL",
+                           "PLUMBING")}
     assert list(banner.values()) == sorted(banner.values())
     assert banner["LEARN IT"] < 250 and banner["THE HYBRID LOSS"] < 450
     before = [line for line in lines[:banner["THE PAPER"]] if line.startswith(("class ", "def "))]
@@ -322,7 +323,7 @@ def test_the_authors_file(unet, tmp_path):
     again.eval().save(tmp_path / "ours.safetensors")
     third = mini_mi.MotionEmbeddings.load(tmp_path / "ours.safetensors")
     assert torch.equal(unet(x, t, text, third), unet(x, t, text, motion))
-    with pytest.raises(mini_mi.UserError, match="slots for 32 frames, not for 40"):     # what would they show?
+    with pytest.raises(mini_mi.UserError, match="slots for 32 frames, not for 40"):    # what would they show?
         again.for_attention(BLOCK, "attn1", 40, (4, 4))
 
 
@@ -400,7 +401,8 @@ def test_interpolation_is_the_identity_at_its_own_size():
 
 @pytest.mark.parametrize("frames, grid", [(16, (4, 6)), (8, (8, 12)), (4, (4, 6)), (8, (2, 3)), (16, (7, 9))])
 def test_linear_functions_are_interpolated_exactly(frames, grid):
-    """In time frame i of n lies at i / (n - 1), on the grid sample i at (i + 1/2) / n, whose border is flat."""
+    """In time frame i of n lies at i / (n - 1), on the grid sample i at (i + 1/2) / n, whose border
+    is flat."""
     motion = mini_mi.MotionEmbeddings(UNET, 8, 4, 6).train()
 
     def ramp(frames, height, width):

@@ -292,7 +292,8 @@ def test_fields_that_nobody_knows_are_ignored(kind):
     """What adds weights is caught by the strict load."""
     build, config = KINDS[kind]
     with torch.device("meta"):
-        build({**config, "_anything": 1, "transformers_version": "4.30", "sample_size": 64, "use_magic": True})
+        build({**config, "_anything": 1, "transformers_version": "4.30", "sample_size": 64,
+               "use_magic": True})
 
 
 def test_a_pipeline_saved_by_diffusers_loads(tmp_path, tiny_random):

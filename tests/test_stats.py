@@ -53,7 +53,8 @@ def test_paired_difference_worked():
 
 def test_paired_difference_flips_whole_groups():
     rng = np.random.default_rng(3)
-    a, b, groups = rng.normal(size=24) + 0.5, rng.normal(size=24), np.repeat(["x", "y", "z", "u", "v", "w"], 4)
+    a, b, groups = (rng.normal(size=24) + 0.5, rng.normal(size=24),
+                    np.repeat(["x", "y", "z", "u", "v", "w"], 4))
     mean, low, high, p = eval_mi.paired_difference(a, b, groups)
     means = [(a - b)[groups == g].mean() for g in "xyzuvw"]
     flips = [abs(np.dot(s, means)) >= abs(sum(means)) - 1e-12 for s in itertools.product([1, -1], repeat=6)]
@@ -65,7 +66,7 @@ def test_paired_difference_edges():
     assert eval_mi.paired_difference([1, 1], [1, 1]) == (0, 0, 0, 1)
     mean, low, high, p = eval_mi.paired_difference([2, 3], [1, 1], ["one", "one"])
     assert (mean, low, high, p) == (1.5, -math.inf, math.inf, 1)
-    assert eval_mi.paired_difference([1] * 8, [0] * 8)[3] == 2 / 256               # 8 clips: never below 0.008
+    assert eval_mi.paired_difference([1] * 8, [0] * 8)[3] == 2 / 256               # 8 clips: at least 0.008
     many = eval_mi.paired_difference([1.0] * 40, [0.0] * 40)
     assert 0 < many[3] < 0.001                                                     # drawn flips: never 0
     assert many == eval_mi.paired_difference([1.0] * 40, [0.0] * 40)               # and reproducible
@@ -138,7 +139,8 @@ def test_detectable_with_is_that_of_the_interval_seen_and_what_other_runs_would_
 
 
 def test_holm_worked_example():
-    # Sorted p times 4, 3, 2, 1, then never falling: 0.04, 0.06, 0.06, 0.06 (from 0.02 * 3, 0.03 * 2, 0.04 * 1)
+    # Sorted p times 4, 3, 2, 1, then never falling: 0.04, 0.06, 0.06, 0.06
+    # (from 0.02 * 3, 0.03 * 2, 0.04 * 1)
     assert eval_mi.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert eval_mi.holm([0.5, 0.9]) == [1.0, 1.0] and eval_mi.holm([]) == []
 
@@ -167,7 +169,7 @@ def test_jackknife_covers_for_a_difference_of_frechet_distances():
 
 def test_clustered_share_is_wider_than_wilson_when_people_are_of_one_mind():
     people = np.repeat(np.arange(20), 10)
-    wins = (people % 2 == 0).astype(int)                                           # each always votes the same
+    wins = (people % 2 == 0).astype(int)                                          # each always votes the same
     low, high = eval_mi.clustered_share(wins, people)
     narrow = eval_mi.wilson_interval(100, 200)
     assert low < narrow[0] < 0.5 < narrow[1] < high

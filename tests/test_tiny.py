@@ -71,7 +71,8 @@ def test_make_tokenizer_gives_the_committed_files(tmp_path):
 def test_tokenizer_equals_transformers(folder):
     ours = mini_mi.CLIPTokenizer.from_pretrained(TINY / folder)
     theirs = transformers.CLIPTokenizer.from_pretrained(TINY / folder)
-    odd = ["", " ", "A RED  Star", "starfish", "redden the backgrounds", "e-mail: 42 stars!!!", "naïve café",
+    odd = ["", " ", "A RED  Star", "starfish", "redden the backgrounds", "e-mail: 42 stars!!!",
+           "naïve café",
            "星 и звезда", "🌟🌟", "it's <|endoftext|> not", "&amp;lt;red&gt;",
            "circle " * 40, "antidisestablishmentarianism" * 4]
     texts = [*world.all_captions(), *odd]

@@ -60,8 +60,9 @@ def test_a_cosine_schedule_ends_at_rest(models, clip):
     """The first step is that of the constant rate, the later ones are shorter, and the last hardly moves."""
     def moves(schedule):
         seen = []
-        mini_mi.train_motion(models, *clip, steps=8, lr_schedule=schedule, **ARGS, on_step=lambda _, motion: seen.append(
-            torch.cat([p.detach().flatten() for p in motion.parameters()])))
+        mini_mi.train_motion(models, *clip, steps=8, lr_schedule=schedule, **ARGS,
+                             on_step=lambda _, motion: seen.append(
+                                 torch.cat([p.detach().flatten() for p in motion.parameters()])))
         return [float((b - a).norm()) for a, b in zip([torch.zeros_like(seen[0]), *seen], seen)]
 
     constant, cosine = moves("constant"), moves("cosine")
@@ -109,14 +110,16 @@ def test_resumed_equals_uninterrupted(models, clip, tmp_path, loss):
                              on_step=stop, **ARGS)
     assert len(torch.load(state, weights_only=True)["losses"]) == 4 and os.listdir(tmp_path) == ["state.pt"]
     seen = []
-    again = mini_mi.train_motion(models, latents, text, steps=7, loss=loss, batch=2, state=state, state_every=2,
+    again = mini_mi.train_motion(models, latents, text, steps=7, loss=loss, batch=2,
+                                 state=state, state_every=2,
                                  on_step=lambda step, _: seen.append(step), **ARGS)
     assert torch.equal(again.losses, whole.losses) and seen == [5, 6, 7]
     assert_same(again, whole)
 
 
 def test_a_full_disk_does_not_end_the_training(models, clip, tmp_path, monkeypatch, capsys):
-    """Whether the system or torch says so: one line, the state that was there stays, the result is the same."""
+    """Whether the system or torch says so: one line, the state that was there stays, the result
+    is the same."""
     latents, text = clip
     whole = mini_mi.train_motion(models, latents, text, steps=4, **ARGS)
     for number, error in enumerate([OSError(28, "No space left on device"),
@@ -228,11 +231,11 @@ def test_lora_by_hand(models, clip):
     lora = mini_mi.SpatialLoRA(unet, torch.Generator().manual_seed(0))
     names = [name for name, module in unet.named_modules()
              if isinstance(module, torch.nn.Linear) and re.search(r"\battentions\.", name)]
-    assert len(names) == len(lora.a) == len(lora.b) == 12 * 4             # 12 a transformer: proj, 8 of attention, 2
+    assert len(names) == len(lora.a) == len(lora.b) == 12 * 4      # 12 a transformer: proj, 8 of attention, 2
     with torch.no_grad():
         plain = unet(latents, 7, text)
         lora.switch(on=True)
-        assert torch.equal(unet(latents, 7, text), plain)                                     # B starts at zero
+        assert torch.equal(unet(latents, 7, text), plain)                                   # B starts at zero
         for a, b in zip(lora.a, lora.b):
             assert a.shape[0] == b.shape[1] == 32 and a.std().item() == pytest.approx(1 / 32, rel=0.2)
             b += 0.3 * torch.randn(b.shape, generator=torch.Generator().manual_seed(1))
@@ -306,7 +309,7 @@ def test_the_lora_is_off_in_one_step_of_five(models, clip, monkeypatch):
     for n in clips:
         _, with_motion, on, b = seen[n]
         assert with_motion and on == (n > 0 and n - 1 in frames)
-        if n + 1 < len(seen):                    # the clip's step never changes the LoRA, the frame's step does
+        if n + 1 < len(seen):                  # the clip's step never changes the LoRA, the frame's step does
             assert all(torch.equal(x, y) for x, y in zip(b, seen[n + 1][3]))
         if on:
             assert not any(torch.equal(x, y) for x, y in zip(b, seen[n - 1][3]))

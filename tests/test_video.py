@@ -179,7 +179,8 @@ def test_a_held_frame_counts_for_as_long_as_it_is_shown(tmp_path):
     """As viewers save them: one long frame instead of many equal ones."""
     images = [Image.fromarray(frame) for frame in numbered(5)]
     for name in ("x.gif", "x.webp", "x.png"):
-        images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=[400, 100, 100, 100, 100],
+        images[0].save(tmp_path / name, save_all=True, append_images=images[1:],
+                       duration=[400, 100, 100, 100, 100],
                        **(dict(lossless=True) if name == "x.webp" else {}))
         video = mini_mi.read_video(tmp_path / name, 8, (16, 16))[:, 0, 0, 0]
         assert video.tolist() == [0, 0, 0, 0, 1, 2, 3, 4], name
@@ -191,7 +192,8 @@ def bar(position, size=(160, 96)):
     """A white bar at `position` pixels on grey, with a red, a green, a blue and a yellow corner."""
     image, (w, h) = Image.new("RGB", size, (60, 60, 60)), size
     draw = ImageDraw.Draw(image)
-    for corner, colour in (((0, 0), "#f00"), ((w - 20, 0), "#0f0"), ((0, h - 20), "#00f"), ((w - 20, h - 20), "#ff0")):
+    for corner, colour in (((0, 0), "#f00"), ((w - 20, 0), "#0f0"),
+                           ((0, h - 20), "#00f"), ((w - 20, h - 20), "#ff0")):
         draw.rectangle((*corner, corner[0] + 19, corner[1] + 19), colour)
     draw.rectangle((position, h // 2 - 8, position + 11, h // 2 + 8), "white")
     return image
@@ -213,7 +215,8 @@ COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])
 
 @pytest.fixture
 def film(tmp_path):
-    """film(name, positions, *options, durations=None): a video of bars by ffmpeg, 10 frames a second or as long as said."""
+    """film(name, positions, *options, durations=None): a video of bars by ffmpeg, 10 frames a second
+    or as long as said."""
     if FFMPEG is None:
         pytest.skip("needs ffmpeg")
 
@@ -224,7 +227,8 @@ def film(tmp_path):
             lines.append(f"file 'bar{n}.png'\nduration {durations[n] if durations else 0.1}\n")
         # The list's last entry gets no duration of its own unless another one follows.
         (tmp_path / "list.txt").write_text("".join(lines))
-        subprocess.run([FFMPEG, "-v", "error", "-y", "-f", "concat", "-safe", "0", "-i", str(tmp_path / "list.txt"),
+        subprocess.run([FFMPEG, "-v", "error", "-y", "-f", "concat", "-safe", "0",
+                        "-i", str(tmp_path / "list.txt"),
                         "-vsync", "vfr", *map(str, options), str(tmp_path / name)], check=True)
         return tmp_path / name
     return make
@@ -236,13 +240,16 @@ H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 8)
 def test_a_variable_rate_is_read_by_its_timestamps(film):
     """Ten quick frames in one second, then ten slow ones in four: frames are taken by the clock."""
     path = film("vfr.mp4", range(0, 140, 7), *H264, durations=[0.12] * 10 + [0.4] * 10)
-    assert [round(p / 7) for p in bar_positions(mini_mi.read_video(path, 5, (160, 96), 0, 4.8))] == [4, 10, 13, 15, 17]
-    assert [round(p / 7) for p in bar_positions(mini_mi.read_video(path, 5, (160, 96), 0, 1.2))] == [1, 3, 5, 7, 9]
+    assert [round(p / 7) for p in bar_positions(
+        mini_mi.read_video(path, 5, (160, 96), 0, 4.8))] == [4, 10, 13, 15, 17]
+    assert [round(p / 7) for p in bar_positions(
+        mini_mi.read_video(path, 5, (160, 96), 0, 1.2))] == [1, 3, 5, 7, 9]
     assert [round(p / 7) for p in bar_positions(mini_mi.read_video(path, 2, (160, 96), 1.2, 1.6))] == [11, 13]
 
 
 @pytest.mark.parametrize("name, options", [
-    ("x.mp4", (*H264, "-bf", 3, "-g", 8)), ("x.mkv", (*H264, "-bf", 2, "-g", 8)), ("x.ts", (*H264, "-bf", 2, "-g", 8)),
+    ("x.mp4", (*H264, "-bf", 3, "-g", 8)), ("x.mkv", (*H264, "-bf", 2, "-g", 8)),
+    ("x.ts", (*H264, "-bf", 2, "-g", 8)),
     ("x.avi", ("-c:v", "mpeg4", "-q:v", 2)), ("x.webm", ("-c:v", "libvpx", "-b:v", "2M"))])
 def test_a_part_of_a_film_is_the_same_frames_in_every_container(film, name, options):
     """Reordered frames, key frames in between, times that begin anywhere."""
@@ -252,8 +259,10 @@ def test_a_part_of_a_film_is_the_same_frames_in_every_container(film, name, opti
     part = mini_mi.read_video(path, 10, (160, 96), start=4.0, duration=1.0)
     assert [round(p / 2) for p in bar_positions(part)] == list(range(40, 50))
     assert np.abs(corners(part[0]) - COLOURS).max() < 25
-    assert [round(p / 2) for p in bar_positions(mini_mi.read_video(path, 4, (160, 96), start=5.6))] == [56, 57, 58, 59]
-    assert [round(p / 2) for p in bar_positions(mini_mi.read_video(path, 3, (160, 96), 0.5, 0.3))] == [5, 6, 7]
+    assert [round(p / 2) for p in bar_positions(
+        mini_mi.read_video(path, 4, (160, 96), start=5.6))] == [56, 57, 58, 59]
+    assert [round(p / 2) for p in bar_positions(
+        mini_mi.read_video(path, 3, (160, 96), 0.5, 0.3))] == [5, 6, 7]
     refused("has 9 frames, but 11 are needed", path, 11, (160, 96), start=4.0, duration=0.9)
     refused("s long: --start 5.5", path, 4, (160, 96), start=5.5, duration=2)
 
@@ -279,9 +288,11 @@ def test_hdr_becomes_sdr_or_is_refused_with_the_command(film, tmp_path, transfer
     codecs = subprocess.run([FFMPEG, "-hide_banner", "-encoders"], capture_output=True, text=True).stdout
     if "zscale" not in filters or "libx265" not in codecs:
         pytest.skip("this ffmpeg makes no HDR")
-    convert = ("format=gbrp,zscale=tin=bt709:min=gbr:pin=bt709:rin=full:t=linear:npl=203:p=bt709:m=gbr,format=gbrpf32le,"
+    convert = ("format=gbrp,zscale=tin=bt709:min=gbr:pin=bt709:rin=full:t=linear:npl=203:p=bt709:m=gbr,"
+               "format=gbrpf32le,"
                f"zscale=p=bt2020:t={transfer}:m=bt2020nc:r=limited:npl=203,format=yuv420p10le")
-    path = film("hdr.mp4", range(0, 60, 10), "-vf", convert, "-c:v", "libx265", "-x265-params", "log-level=none",
+    path = film("hdr.mp4", range(0, 60, 10), "-vf", convert, "-c:v", "libx265",
+                "-x265-params", "log-level=none",
                 "-crf", 8, "-color_primaries", "bt2020", "-color_trc", transfer, "-colorspace", "bt2020nc")
     video = mini_mi.read_video(path, 6, (160, 96))
     assert np.abs(corners(video[0]) - COLOURS).max() < 45 and bar_positions(video)[0] < 4
@@ -289,7 +300,8 @@ def test_hdr_becomes_sdr_or_is_refused_with_the_command(film, tmp_path, transfer
     lame = tmp_path / "bin"
     lame.mkdir()
     for name in ("ffmpeg", "ffprobe"):  # an ffmpeg without zimg
-        (lame / name).write_text(f'#!/bin/sh\ncase "$*" in *zscale*) echo "No such filter: \'zscale\'" >&2; exit 1;; esac\n'
+        (lame / name).write_text(f'#!/bin/sh\ncase "$*" in *zscale*) '
+                                 f'echo "No such filter: \'zscale\'" >&2; exit 1;; esac\n'
                                  f'exec {shutil.which(name)} "$@"\n')
         (lame / name).chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
@@ -307,7 +319,8 @@ def test_transparent_video_and_gif_lie_on_white(film, tmp_path):
     films = [film("x.mov", range(0, 80, 20), "-c:v", "qtrle", "-pix_fmt", "argb", picture=drawn)]
     encoders = subprocess.run([FFMPEG, "-hide_banner", "-encoders"], capture_output=True, text=True).stdout
     if "libvpx-vp9" in encoders:
-        films.append(film("x.webm", range(0, 80, 20), "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", picture=drawn))
+        films.append(film("x.webm", range(0, 80, 20), "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p",
+                          picture=drawn))
     images = [drawn(n) for n in range(0, 80, 20)]
     images[0].save(tmp_path / "x.gif", save_all=True, append_images=images[1:], duration=100, disposal=2)
     for path in (*films, tmp_path / "x.gif"):
@@ -342,7 +355,8 @@ def test_16_bit_animation_is_scaled(tmp_path):
         pytest.skip("needs ffmpeg")
     path = tmp_path / "x.apng"
     subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", "color=gray:size=16x16:rate=10:duration=0.3",
-                    "-vf", "format=gray16be,geq=lum='257*(40+60*N)'", "-pix_fmt", "gray16be", "-f", "apng", str(path)],
+                    "-vf", "format=gray16be,geq=lum='257*(40+60*N)'", "-pix_fmt", "gray16be",
+                    "-f", "apng", str(path)],
                    check=True)
     assert mini_mi.read_video(path, 3, (16, 16))[:, 8, 8].tolist() == [[v] * 3 for v in (40, 100, 160)]
 
@@ -426,7 +440,8 @@ def test_missing_empty_and_fake_files(tmp_path):
     for suffix, start in ((".gif", "GIF89a"), (".png", "\x89PNG"), (".mp4", "GIF89a")):
         (tmp_path / f"text{suffix}").write_bytes(f"{start}, but only in words\n".encode("latin-1"))
         refused("damaged, truncated or no video", tmp_path / f"text{suffix}", 2, (16, 16))
-    (tmp_path / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "pointer.mp4").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     refused("git-lfs pointer", tmp_path / "pointer.mp4", 2, (16, 16))
 
 
