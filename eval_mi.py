@@ -16,9 +16,9 @@ through the autoencoder above.
 A run can be killed at any time and goes on where it stopped. It leaves, in --out:
 
     report.html  results.md  results.svg  results.json           the answers; the picture is fit for a README
-    motions/CLIP-TRAINING-r0-DIGEST.safetensors               trained embeddings, also for mini_mi.py --motion
-    cells/CLIP/VARIANT-p0-s1-DIGEST.npz                  a sampled clip: prompt 0 (or "own"), sampling seed 1
-    scores/CLIP/VARIANT-p0-s1-DIGEST.npz                         what the judges said about it
+    motions/NAME-TRAINING-r0-DIGEST.safetensors               trained embeddings, also for mini_mi.py --motion
+    cells/NAME/VARIANT-p0-s1-DIGEST.npz                  a sampled clip: prompt 0 (or "own"), sampling seed 1
+    scores/NAME/VARIANT-p0-s1-DIGEST.npz                         what the judges said about it
 
 A file that exists is not made again. DIGEST stands for everything else that determines it, so whatever is
 changed (settings, clip, weights, version of this code), other files are made, and the old ones stay.
@@ -28,7 +28,7 @@ last the judges, CLIP and Inception. Letters: B batch, F frames, h w pixels, H W
 D feature width, L tokens, n m counts of samples or tracks, K = F-1 steps of a track.
 
 Checked against: transformers' CLIP and pytorch-fid's Inception network (to 1e-4), hand-worked cases for every
-metric, simulated coverage for intervals of means, shares and the jackknife. See tests/.
+metric, simulated coverage for the intervals of means and shares. See tests/.
 """
 
 import base64
@@ -373,7 +373,7 @@ def paired_difference(a, b, groups=None, seed=0):
     """Is a larger than b, in pairs? a (n,), b (n,), groups (n,) labels -> (mean, low, high, p) of a - b.
     Mean and 95 % Student t interval of the means per group (None: every pair is a group). If a and b were one
     method, a group's difference could as well have the other sign: p is the share of sign patterns whose mean
-    is at least as far from 0; of all 2^k up to k = 12 groups, else of 10 000 drawn and the observed one.
+    is at least as far from 0; of all 2^k up to k = 13 groups, else of 10 000 drawn and the observed one.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     groups = range(len(a)) if groups is None else groups
@@ -385,7 +385,7 @@ def paired_difference(a, b, groups=None, seed=0):
     scaled = means / (np.abs(means).max() or 1)
     flips = scipy.stats.permutation_test(
         (scaled,), lambda x, axis: np.abs(x.mean(axis)).round(12), permutation_type="samples",
-        alternative="greater", vectorized=True, n_resamples=4096 if len(means) <= 12 else 10_000,
+        alternative="greater", vectorized=True, n_resamples=10_000,
         rng=np.random.default_rng(seed)) if len(means) > 1 else None
     return *student_interval(means), float(flips.pvalue) if flips else 1.0
 
@@ -407,27 +407,37 @@ def detectable_difference(half_width, n, power=0.8, alpha=0.05):
 
 
 def variance_components(values):
-    """Nested analysis of variance: values (clips, trainings, samples) -> the variance of each level.
-    Each is what its level adds to the one below: E[mean square] = s + S t + S R c for S samples of each of R
-    trainings. None where a level has one member only; its variance is then part of the level above.
-    Source: Searle, Casella and McCulloch 1992, chapter 3 (balanced, negative estimates set to 0).
+    """Values (clips, trainings, samples) -> variances between clips, between trainings of a clip, between its
+    samples, and of the rest, each what it adds to the ones after it.
+    Within a clip trainings and samples are crossed, since all trainings see the same prompts and start noise:
+    value = clip + training + sample + rest. None where a level has one member only: with one training the
+    rest is part of the samples', and the training's part of the clips'.
+    Source: Searle, Casella and McCulloch 1992, chapter 4 (balanced, negative estimates set to 0).
     """
-    found, noise, values = [], 0.0, np.asarray(values)    # noise: variance of the means that a level is given
-    while values.ndim:
-        n, part = values.shape[-1], None
-        if n > 1:
-            part = max(0.0, float(np.var(values, axis=-1, ddof=1).mean()) - noise)
-            noise = (noise + part) / n
-        found.insert(0, part)
-        values = values.mean(-1)
-    return tuple(found)
+    values = np.asarray(values, dtype=np.float64)
+    trainings, samples = values.shape[1:]
+    by_training, by_sample, by_clip = values.mean(2), values.mean(1), values.mean((1, 2))
+    crossed, rest = trainings > 1 and samples > 1, 0.0
+    if crossed:
+        left = values - by_training[:, :, None] - by_sample[:, None] + by_clip[:, None, None]
+        rest = float((left ** 2).sum((1, 2)).mean() / ((trainings - 1) * (samples - 1)))
+
+    def part(means, noise):                          # of one level, from its means, which hold some noise
+        if means.shape[-1] < 2:
+            return None
+        return max(0.0, float(np.var(means, axis=-1, ddof=1).mean()) - noise)
+
+    training, sample = part(by_training, rest / samples), part(by_sample, rest / trainings)
+    below = (training or 0) / trainings + (sample or 0) / samples + rest / (trainings * samples)
+    return part(by_clip, below), training, sample, rest if crossed else None
 
 
 def detectable_with(components, clips, trainings, samples, alpha=0.05):
     """`detectable_difference` of a run with that many clips, trainings per clip and samples per training."""
-    per_clip, per_training, per_sample = (c or 0.0 for c in components)
-    error = math.sqrt((per_clip + (per_training + per_sample / samples) / trainings) / clips)
-    return detectable_difference(scipy.stats.t.ppf(0.975, clips - 1) * error, clips, alpha=alpha)
+    clip, training, sample, rest = (c or 0.0 for c in components)
+    error = (clip + training / trainings + sample / samples + rest / (trainings * samples)) / clips
+    half = scipy.stats.t.ppf(0.975, clips - 1) * math.sqrt(error)
+    return detectable_difference(half, clips, alpha=alpha)
 
 
 def jackknife(statistic, groups):
@@ -539,7 +549,7 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
     try:
         if path.exists():
             return read(path)
-    except MemoryError:
+    except (MemoryError, PermissionError):
         raise
     except Exception as e:                                           # damaged files raise a dozen types
         aside = path.with_suffix(".damaged")
@@ -765,9 +775,10 @@ class Lab:
             once(state, read=functools.partial(torch.load, weights_only=True, map_location="cpu"))
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self.device)
+            latents = self.invert(clip)[0]          # before the clock: a clip's later trainings find it made
             began, text = time.perf_counter(), mini_mi.encode_prompt(self.models, [clip.caption])
             motion = mini_mi.train_motion(
-                self.models, self.invert(clip)[0], text, **self.training, **TRAININGS[training],
+                self.models, latents, text, **self.training, **TRAININGS[training],
                 seed=train_seed, state=state, on_step=lambda *_: progress(3 * s.batch),
                 checkpointing=s.checkpointing, progress=False)
             cost = {"train_seconds": time.perf_counter() - began,    # memory in MiB; a CPU does not tell
@@ -971,8 +982,8 @@ def compare(name, members, full, distance, full_distance):
         alpha = 0.05 / FAMILY if name in ABLATIONS and m in PRIMARY else 0.05
         metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
                       "detectable": detectable_difference(high - mean, len(set(clips)), alpha=alpha)}
-    frechet = None
-    if len(keys) == len(members) == len(full):      # else the two distances differ in n
+    frechet, same = None, [sorted((s.cell.key, s.cell.train_seed) for s in side) for side in (members, full)]
+    if same[0] == same[1]:                          # else the two distances differ in n
         frechet = jackknife(lambda some: distance(some) - full_distance(some), tuple(dict.fromkeys(clips)))
     return {"name": name, "pairs": len(keys), "clips": len(set(clips)), "metrics": metrics,
             "frechet": frechet}
@@ -980,13 +991,13 @@ def compare(name, members, full, distance, full_distance):
 
 def spread(name, metric, members, full):
     """Where the spread of an ablation's differences comes from, and what other such runs would detect.
-    None for one clip, and while cells are missing.
+    Prompts and seeds are one level, samples. None for one clip, and while cells are missing.
     """
     ours, theirs = ({(s.cell.clip.name, s.cell.train_seed, s.cell.key[1:]): s.about["scores"][metric]
                      for s in side} for side in (members, full))
     keys = sorted(ours.keys() & theirs.keys())
     shape = [len({key[level] for key in keys}) for level in range(3)]            # clips, trainings, samples
-    if shape[0] < 2 or len(keys) != math.prod(shape):
+    if shape[0] < 2 or not len(keys) == len(ours) == len(theirs) == math.prod(shape):
         return None
     parts = variance_components(np.reshape([ours[key] - theirs[key] for key in keys], shape))
     return {"name": name, "metric": metric, "shape": shape,
@@ -1005,6 +1016,11 @@ def chance(lab, full):
     return student_interval(means) if means else None
 
 
+def p_text(p):
+    """0.0123 -> "p = 0.012"; never 0, which no sample of sign patterns can show."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def sentence(comparison):
     """What an ablation changed, in plain words: how much, how sure; or what effect would have shown."""
     parts, clips = [], comparison["clips"]
@@ -1013,7 +1029,7 @@ def sentence(comparison):
         p, rule, tests = ((test["p_holm"], "after Holm", FAMILY) if "p_holm" in test
                           else (test["p"], "exploratory", 1))
         size, verb = f"{abs(test['mean']):.3f}", "rose" if test["mean"] > 0 else "fell"
-        said = f"{size} (95 % interval {test['low']:+.3f} to {test['high']:+.3f}; p = {p:.3f}, {rule})"
+        said = f"{size} (95 % interval {test['low']:+.3f} to {test['high']:+.3f}; {p_text(p)}, {rule})"
         if not math.isfinite(test["low"]):
             parts.append(f"{title} {verb} by {size}, but one clip says nothing about chance")
         elif p < 0.05:
@@ -1054,7 +1070,10 @@ def ballot_questions(lab, most=20):
     asked = mini_mi.read_json(file) if file.exists() else {}
     if not asked and not s.ballot:
         raise UserError(f"{file} is missing: votes need the --ballot they were given on")
-    if s.ballot and asked.get("variants") != s.ballot_variants:
+    if s.ballot and asked and asked["variants"] != s.ballot_variants:
+        raise UserError(f"{file} asks about {', '.join(asked['variants'])}: delete it for another ballot; "
+                        "votes that were given on it will not count any more")
+    if not asked:
         ready = [(name, place) for name in clips for place in range(s.prompt_count)
                  if all(path(variant, name, place).exists() for variant in s.ballot_variants)]
         if not ready:
@@ -1063,7 +1082,10 @@ def ballot_questions(lab, most=20):
         asked = {"variants": s.ballot_variants, "questions": [ready[i] for i in chosen]}
         write_text(file, json.dumps(asked))
     questions, variant_of = [], {}
-    for name, place in (question for question in asked["questions"] if question[0] in clips):
+    for name, place in asked["questions"]:
+        if name not in clips:
+            raise UserError(f"the ballot asks about {name}, which is none of these clips: take the settings "
+                            f"of that run, or delete {file} for a new ballot")
         clip, candidates = clips[name], {}
         for variant in asked["variants"]:
             cell_path = path(variant, name, place)
@@ -1252,10 +1274,11 @@ def document(results):
         parts["answers" if c["name"] in ABLATIONS else "others"].append(said)
         parts["differences"].append({"against full": c["name"], **{
             METRICS[m]: plus_minus((t["mean"], t["low"], t["high"]), "+.3f")
-            + (f" (p {t['p_holm']:.3f}, Holm)" if "p_holm" in t else f" (p {t['p']:.3f})")
+            + (f" ({p_text(t['p_holm'])}, Holm)" if "p_holm" in t else f" ({p_text(t['p'])})")
             for m, t in c["metrics"].items()}, distance: plus_minus(c["frechet"], "+.3f")})
     for c in results["components"]:
-        levels = zip(("deviation between clips", "between trainings", "between samples"), c["deviations"])
+        levels = zip(("deviation between clips", "between trainings", "between samples", "rest"),
+                     c["deviations"])
         runs = ((f"detectable with {clips} x {trainings} x {samples}", least)
                 for clips, trainings, samples, least in c["detectable"])
         parts["spread"].append({"difference from full": f"{c['name']}, {METRICS[c['metric']][:-2]}",

@@ -108,19 +108,25 @@ def test_detectable_difference_is_found_with_the_power_it_promises():
 
 
 def test_variance_components_are_found_again_and_worked_by_hand():
-    # Two clips of two trainings of two samples, by hand: within 0.5, trainings' means 0.5 3 | 6.5 7.
-    parts = eval_mi.variance_components([[[0, 1], [2.5, 3.5]], [[6, 7], [6.5, 7.5]]])
-    within, trainings = 0.5, (2.5 ** 2 / 2 + 0.5 ** 2 / 2) / 2
-    clips = (6.75 - 1.75) ** 2 / 2
-    assert parts == pytest.approx((clips - trainings / 2, trainings - within / 2, within))
+    # Two clips of two trainings of two samples, by hand. Effects of trainings, samples and rest of the first
+    # clip: -1.5 1.5, -0.25 0.25, all +-0.25; of the second: -1 1, -1 1, none.
+    parts = eval_mi.variance_components([[[0, 1], [3.5, 3.5]], [[4, 6], [6, 8]]])
+    rest = (4 * 0.25 ** 2 + 0) / 2                                       # one degree of freedom a clip
+    trainings = (2 * 1.5 ** 2 + 2 * 1) / 2 - rest / 2
+    samples = (2 * 0.25 ** 2 + 2 * 1) / 2 - rest / 2
+    clips = (6 - 2) ** 2 / 2 - trainings / 2 - samples / 2 - rest / 4
+    assert parts == pytest.approx((clips, trainings, samples, rest))
     rng = np.random.default_rng(5)
-    values = (0.3 * rng.normal(size=(400, 1, 1)) + 0.2 * rng.normal(size=(400, 3, 1))
-              + 0.4 * rng.normal(size=(400, 3, 4)))
-    assert np.sqrt(eval_mi.variance_components(values)) == pytest.approx([0.3, 0.2, 0.4], abs=0.03)
-    # Of one training each its spread is part of the clips'; of one sample, too.
-    per_clip, none, _ = eval_mi.variance_components(values[:, :1])
-    assert none is None and math.sqrt(per_clip) == pytest.approx(math.hypot(0.3, 0.2), abs=0.03)
-    assert eval_mi.variance_components(values[:, :1, :1])[1:] == (None, None)
+    shapes = (400, 1, 1), (400, 3, 1), (400, 1, 4), (400, 3, 4)
+    sizes = (0.3, 0.2, 0.4, 0.1)
+    values = sum(size * rng.normal(size=shape) for size, shape in zip(sizes, shapes))
+    assert np.sqrt(eval_mi.variance_components(values)) == pytest.approx(sizes, abs=0.03)
+    # Of one training each its spread is part of the clips', and the rest of the samples'.
+    per_clip, none, per_sample, rest = eval_mi.variance_components(values[:, :1])
+    assert none is None and rest is None
+    assert math.sqrt(per_clip) == pytest.approx(math.hypot(0.3, 0.2), abs=0.03)
+    assert math.sqrt(per_sample) == pytest.approx(math.hypot(0.4, 0.1), abs=0.03)
+    assert eval_mi.variance_components(values[:, :1, :1])[1:] == (None, None, None)
 
 
 def test_detectable_with_is_that_of_the_interval_seen_and_what_other_runs_would_find():
@@ -130,10 +136,10 @@ def test_detectable_with_is_that_of_the_interval_seen_and_what_other_runs_would_
     parts = eval_mi.variance_components(values)
     assert eval_mi.detectable_with(parts, 12, 1, 4) == pytest.approx(
         eval_mi.detectable_difference(high - mean, 12))
-    hits, effect = 0, eval_mi.detectable_with((0.04, 0.01, 0.09), 20, 2, 3, alpha=0.05 / 4)
+    hits, effect = 0, eval_mi.detectable_with((0.04, 0.01, 0.06, 0.03), 20, 2, 3, alpha=0.05 / 4)
     for _ in range(1000):
         d = (0.2 * rng.normal(size=(20, 1, 1)) + 0.1 * rng.normal(size=(20, 2, 1))
-             + 0.3 * rng.normal(size=(20, 2, 3)))
+             + 0.06 ** 0.5 * rng.normal(size=(20, 1, 3)) + 0.03 ** 0.5 * rng.normal(size=(20, 2, 3)))
         hits += eval_mi.student_interval(d.mean((1, 2)) + effect, 1 - 0.05 / 4)[1] > 0
     assert 0.75 < hits / 1000 < 0.86
 
