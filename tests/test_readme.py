@@ -12,8 +12,8 @@ COLUMNS = ("motion_fidelity", "text_similarity", "attributes", "temporal_consist
 ROWS = {row["name"]: row for row in RESULTS["rows"]}
 
 
-@pytest.mark.parametrize("name", ["full", "no-mqk", "no-mv", "drop-mqk", "drop-mv", "debias-none", "base",
-                                  "base-no-inversion", "vae"])
+@pytest.mark.parametrize("name", ["full", "no-mqk", "no-mv", "drop-mqk", "drop-mv", "debias-none",
+                                  "no-inversion", "base", "base-no-inversion", "vae"])
 def test_a_row_of_the_table(name):
     """Mean and half of the 95 % interval, in three digits, and n."""
     line = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
@@ -28,6 +28,27 @@ def test_the_sentences_on_the_two_ablations():
     text = " ".join(README.split())
     sentences = [s for s in RESULTS["sentences"] if s.startswith(("no-mqk against", "no-mv against"))]
     assert len(sentences) == 2 and all(" ".join(s.split()) in text for s in sentences)
+
+
+def test_the_way_from_plain_noise_to_the_bound():
+    """And the other figures that README.md computes from that file."""
+    fidelity, text = ({name: row["metrics"][metric][0] for name, row in ROWS.items()}
+                      for metric in ("motion_fidelity", "text_similarity"))
+    way = ((fidelity["full"] - fidelity["base-no-inversion"])
+           / (fidelity["vae"] - fidelity["base-no-inversion"]))
+    assert f"closes {way:.2f} of the way" in README
+    assert f"{100 * (1 - text['full'] / text['base']):.1f} % of `base`" in README
+    left = [fidelity[name] - fidelity["base"] for name in ("full", "no-mqk", "no-mv")]
+    words = " ".join(README.split())
+    assert (f"of the {left[0]:.3f} in Motion Fidelity" in words
+            and f"{left[1]:.3f} is left without MQK and {left[2]:.3f} without MV" in words)
+    of_full = {}
+    for cell in RESULTS["cells"]:
+        if cell["variant"] == "full":
+            of_full.setdefault(cell["clip"], []).append(cell["scores"]["motion_fidelity"])
+    lowest = min(sum(values) / len(values) for values in of_full.values())
+    assert f"no clip lies below {lowest:.2f}" in words
+    assert f"is {RESULTS['chance'][0]:.3f}" in README
 
 
 def test_command_and_date_of_the_run():
