@@ -570,7 +570,9 @@ def test_a_continued_training_says_nothing_of_snapshots_that_it_has(start, capsy
 
 def test_interrupted_training_goes_on_where_it_was(start, clip, tiny_random, tmp_path):
     """SIGINT keeps the state and says how to go on; the same command then ends as if nothing had happened."""
-    small = ["--frames", "2", "--size", "16x16", "--sample-steps", "1", "--device", "cpu"]
+    # At a constant rate a training can be continued to another number of steps.
+    small = ["--frames", "2", "--size", "16x16", "--sample-steps", "1", "--device", "cpu",
+             "--lr-schedule", "constant"]
     command = [sys.executable, str(ROOT / "mini_mi.py"), "--model", str(tiny_random), "--video", str(clip),
                *small, *SHOWS, "--noise-prior", "0", "--out", str(tmp_path / "out"), "--steps", "100000"]
     # Tests that run in the background may ignore SIGINT; the program must not inherit that.
@@ -612,7 +614,7 @@ def test_another_setting_does_not_continue_that_training(start, monkeypatch):
     monkeypatch.setattr(mini_mi, "train_motion", record)
     same = [[], [], ["--guidance", 2], ["--prompt", "a cat"]]
     others = [["--seed", 1], ["--lr", 0.01], ["--loss", "debiased"], ["--no-mv"], ["--start", 0.2],
-              ["--levels", "0"]]
+              ["--steps", 3], ["--levels", "0"]]
     for change in [*same, *others]:
         assert start(*change)[0] == 2
     assert len(set(seen[:len(same)])) == 1 and len(set(seen)) == 1 + len(others)

@@ -130,7 +130,8 @@ def test_a_variant_equals_mini_mi_by_hand(finished, model):
     clip, variant = lab.clips[2], eval_mi.VARIANTS["no-mv"]
     latents = mini_mi.encode_video(lab.models, mini_mi.to_model_range(clip.frames))
     text = mini_mi.encode_prompt(lab.models, [clip.caption])
-    motion = mini_mi.train_motion(lab.models, latents, text, steps=2, lr=0.5, progress=False, use_mv=False)
+    motion = mini_mi.train_motion(lab.models, latents, text, steps=2, lr=0.5, lr_schedule="cosine",
+                                  loss="hybrid", progress=False, use_mv=False)
     kept = mini_mi.MotionEmbeddings.load(lab.motion_path(clip, "no-mv", 0)).state_dict()
     assert set(kept) == set(motion.state_dict()) and all(key.endswith("pos_embed") for key in kept)
     assert all(np.allclose(kept[k], v, atol=1e-5) for k, v in motion.state_dict().items())
@@ -192,7 +193,7 @@ def test_a_report_while_variants_have_no_sample_in_common(copy, model):
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--sample-steps", "1000"], "sampling steps")])
+    (["--sample-steps", "1000"], "1000 DDIM steps")])
 def test_what_cannot_work_shows_before_the_first_training(model, tmp_path, capsys, monkeypatch, more, said):
     monkeypatch.setattr(mini_mi, "train_motion", None)
     assert eval_mi.main(arguments(model, tmp_path / "out", *more)) == 2
@@ -513,10 +514,15 @@ def test_a_ballot_keeps_its_questions_and_says_what_it_lacks(copy, model, capsys
     first = (copy / "ballot.html").read_text(encoding="utf-8")
     assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,base")) == 0
     assert (copy / "ballot.html").read_text(encoding="utf-8") == first
-    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0              # other variants: another ballot
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 2              # other variants: another ballot
+    assert "votes that were given on it" in capsys.readouterr().err
+    assert (copy / "ballot.html").read_text(encoding="utf-8") == first
+    (copy / "ballot.json").unlink()
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0
     assert (copy / "ballot.html").read_text(encoding="utf-8") != first
     assert eval_mi.main(arguments(model, copy, "--ballot", "--guidance", "3")) == 2
     assert "ballot.json" in capsys.readouterr().err
+    (copy / "ballot.json").unlink()
     assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,mv-1d")) == 2
     assert "mv-1d" in capsys.readouterr().err
 
