@@ -1364,7 +1364,9 @@ def pictures(results):
         return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
                 f'aria-label="{html.escape(label)}">{"".join(panels)}</svg>')
 
-    rows, comparisons, left = results["rows"], results["comparisons"], 132           # names are on the left
+    rows, left = results["rows"], 132                                                # names are on the left
+    # Variants from plain noise answer another question, and lie so far off that all others would be squeezed.
+    comparisons = [c for c in results["comparisons"] if VARIANTS[c["name"]].prior]
     floor, chance_level = rows[0]["frechet_floor"], results["chance"] and (results["chance"][0], "chance")
     levels = {"motion_fidelity": chance_level, "frechet": None if floor is None else (floor, "real")}
     titles = {**METRICS, "frechet": f"Fréchet distance ({results['judges']['frechet']}) ↓"}
