@@ -422,7 +422,8 @@ def variance_components(values):
         left = values - by_training[:, :, None] - by_sample[:, None] + by_clip[:, None, None]
         rest = float((left ** 2).sum((1, 2)).mean() / ((trainings - 1) * (samples - 1)))
 
-    def part(means, noise):                          # of one level, from its means, which hold some noise
+    def part(means, noise):
+        """The variance of one level, from its means, which hold some noise of the levels below."""
         if means.shape[-1] < 2:
             return None
         return max(0.0, float(np.var(means, axis=-1, ddof=1).mean()) - noise)
@@ -581,7 +582,8 @@ def read_motion(path):
 
 def find_clip(folder, name):
     """The clip of this name, or stem, in a folder: a video file, a picture that moves, or a folder."""
-    def is_clip(path):                                               # and no thumbnail, no subtitles
+    def is_clip(path):
+        """Does it move? A thumbnail, a description or subtitles do not."""
         with contextlib.suppress(OSError, ValueError), Image.open(path) as picture:
             if getattr(picture, "is_animated", False):
                 return True
@@ -755,6 +757,7 @@ class Lab:
     def invert(self, clip):
         """clip -> latents (1,C,F,H,W), and the noise that leads to them (1,C,F,H,W)."""
         def make():
+            """The reference as latents, and the noise that leads to them."""
             latents = mini_mi.encode_video(self.models, mini_mi.to_model_range(clip.frames))
             noise = mini_mi.ddim_invert(self.models, latents, mini_mi.encode_prompt(self.models, [""]),
                                         self.settings.invert_steps, progress=False)
@@ -771,6 +774,7 @@ class Lab:
         on_gpu, state = self.device.type == "cuda", path.with_suffix(".training")
 
         def make():
+            """Trains; a clip's later trainings find its inversion made."""
             # A damaged state of an interrupted training is set aside here and not in its middle.
             once(state, read=functools.partial(torch.load, weights_only=True, map_location="cpu"))
             if on_gpu:
@@ -945,11 +949,13 @@ def distance_to_real(lab, members):
     clips = {s.cell.clip.name: s.cell.clip for s in members}
     names = tuple(clips)
 
-    def per_clip(features):                         # of a sample -> of all samples of each clip, (n,d)
+    def per_clip(features):
+        """features(sample) of all samples of each clip: name -> (n,d)."""
         return {name: np.concatenate([features(s) for s in members if s.cell.clip.name == name])
                 for name in clips}
 
-    def between(a, b, some=names, others=None):     # two such dicts, of some clips
+    def between(a, b, some=names, others=None):
+        """The Frechet distance of two such dicts, of some clips."""
         return frechet_distance(*(np.concatenate([side[name] for name in which])
                                   for side, which in ((a, some), (b, others or some))))
 
@@ -974,7 +980,8 @@ def compare(name, members, full, distance, full_distance):
     keys = [key for key in dict.fromkeys(s.cell.key for s in members) if key in {s.cell.key for s in full}]
     clips, metrics = [clip for clip, *_ in keys], {}
 
-    def scores(side, metric):                       # for every key, mean over trainings
+    def scores(side, metric):
+        """For every key the metric, mean over trainings."""
         return [np.mean([s.about["scores"][metric] for s in side if s.cell.key == key]) for key in keys]
 
     for m in [m for m in METRICS if m in members[0].about["scores"]]:
@@ -1064,7 +1071,8 @@ def ballot_questions(lab, most=20):
     """
     s, file, clips = lab.settings, lab.out / "ballot.json", {clip.name: clip for clip in lab.clips}
 
-    def path(variant, name, place):                 # a candidate's file
+    def path(variant, name, place):
+        """The file of a candidate."""
         return lab.sample_path(Cell(VARIANTS[variant], clips[name], place, 0))
 
     asked = mini_mi.read_json(file) if file.exists() else {}
@@ -1105,10 +1113,12 @@ def attention_checks(questions, run_id):
     move most are taken; one that never moves would make everybody fail. Ids are hashes of run and content, in
     the form of all other ids: nothing in the page marks a check, and `read_votes` finds it again.
     """
-    def opaque(like, n, frames):                    # as long as the id `like`
+    def opaque(like, n, frames):
+        """A hexadecimal id as long as `like`: nothing in the page marks a check."""
         return hashlib.sha256(f"{run_id} {n} ".encode() + frames.tobytes()).hexdigest()[:len(like)]
 
     def movement(q):
+        """How much a question's reference changes from frame to frame."""
         return np.abs(np.diff(q.reference.astype(int), axis=0)).mean()
 
     clips = {q.reference.tobytes(): q for q in questions}            # a clip once, though it has many prompts
@@ -1313,6 +1323,7 @@ def as_markdown(part):
 def as_html(part):
     """A part of the `document` in HTML; what is in parentheses in a table's cell goes to a smaller line."""
     def cells(tag, texts):
+        """The cells of a line of the table; what is in parentheses goes to a smaller line."""
         small = (re.sub(r" (\(.*)", r"<small>\1</small>", html.escape(text)) for text in texts)
         return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in small)}</tr>"
 
@@ -1361,6 +1372,7 @@ def panel(title, marks, left, top, names=True, bars=False, level=None):
 def pictures(results):
     """In SVG: the forest plot, every metric's difference from full, a panel each; and the metrics as bars."""
     def svg(label, width, height, *panels):
+        """A picture of `panel`s."""
         return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
                 f'aria-label="{html.escape(label)}">{"".join(panels)}</svg>')
 
@@ -1402,7 +1414,8 @@ def film_strip(frames, most=320, lossless=128):
 
 def clip_rows(lab, most=12):
     """For the first clips and each prompt the reference and the first seed of every variant, as HTML."""
-    def moving(frames, label):                      # by the style sheet: all clips of the page keep step
+    def moving(frames, label):
+        """A clip as a figure that the style sheet moves: all clips of the page keep step."""
         count, height, width, _ = frames.shape
         return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
                 f'style="--frames: {count}; aspect-ratio: {width} / {height}; '
@@ -1432,6 +1445,7 @@ def look_inside(lab):
     motion = models and once(trained, read=read_motion)
 
     def make():
+        """Attention maps and norms of MV, from one pass of the UNet without MQK and one with it."""
         latents, seen, arrays = lab.invert(clip)[0], {}, {}
         block = min(motion.to(lab.device).grids)                     # a file has them in no certain order
         grid, t = motion.grids[block], models.scheduler.T // 2
@@ -1458,7 +1472,8 @@ def look_inside(lab):
 
 def figures(arrays):
     """The tutorial figures as HTML: what MQK does to the attention map, what debias does to MV."""
-    def picture(values, low, high, name):           # (h,w): pale yellow (low) over red to dark violet (high)
+    def picture(values, low, high, name):
+        """An array (h,w) as an <img>: pale yellow (low) over red to dark violet (high)."""
         grey = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
         image = ImageOps.colorize(Image.fromarray(grey.astype(np.uint8)), "#fdf4dc", "#3c0f4b", mid="#df7346")
         return f'<img class="pixels" alt="{name}" src="{data_uri(image)}">'
