@@ -688,7 +688,8 @@ class Lab:
         self.work = plan(s, self.clips)
         self.cells = [cell for group in self.work for batch in group for cell in batch]
         self.sampling = s.sample_steps * (2 if s.guidance > 1 else 1)        # passes of the UNet for a sample
-        self.training = {name: getattr(s, name) for name in ("steps", "lr", "lr_schedule", "batch", "loss")}
+        self.training = {name: getattr(s, name)
+                         for name in ("steps", "lr", "lr_schedule", "batch", "loss", "t_min")}
         parts = [self.model_folder / part for part in "unet vae text_encoder tokenizer scheduler".split()]
         self.base = [CODE_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, self.device.type]
 
@@ -1544,6 +1545,8 @@ class Settings:
     lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
                               choices=("constant", "cosine"))
     loss: str = option(None, "what is trained with, as in mini_mi.py", choices=("mse", "debiased", "hybrid"))
+    t_min: float = option(None, "share of diffusion steps, the quiet ones, without embeddings; paper: 0",
+                          within=(0, 0.99))
     sample_steps: int = option(None, "sampling steps", within=COUNT)
     invert_steps: int = option(None, "steps of the inversion that gives the start noise", within=COUNT)
     guidance: float = option(None, "strength of the prompt while sampling", within=(-1e3, 1e3))

@@ -141,17 +141,20 @@ class MotionEmbeddings(nn.Module):
     mqk_dims, mv_dims  1: shape (1, F, C);  2: (H*W, F, C)
     debias           diff | mean | none. `.eval()` adds debiased MV, `.train()` raw MV, unless
                      debias_in_training
+    t_min            share of T: the embeddings learn and act at steps t >= t_min * T only; the paper's 0: all
     """
 
-    SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training")
+    SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training", "t_min")
 
     def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True,
-                 mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False):
+                 mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False, t_min=0.0):
         super().__init__()
         self.use_mqk, self.use_mv, self.mqk_dims, self.mv_dims = use_mqk, use_mv, mqk_dims, mv_dims
-        self.debias, self.debias_in_training, self.frames = debias, debias_in_training, frames
-        if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2}:
-            raise UserError(f"debias = {debias!r}: it takes diff, mean or none; mqk_dims and mv_dims 1 or 2")
+        self.debias, self.debias_in_training, self.t_min = debias, debias_in_training, t_min
+        self.frames = frames
+        if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2} or not 0 <= t_min < 1:
+            raise UserError(f"debias = {debias!r}: it takes diff, mean or none; mqk_dims and mv_dims 1 or 2, "
+                            "t_min 0 or more, but less than 1")
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
         self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
         if unet_config is None:
@@ -278,7 +281,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
         bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
                    disable=not progress)
         for step in bar:
-            t = torch.randint(scheduler.T, (batch,), generator=generator)
+            t = torch.randint(int(motion.t_min * scheduler.T), scheduler.T, (batch,), generator=generator)
             noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
             # The anchor is drawn for every loss, so that all see the same steps and noise.
             anchor = torch.randint(frames, (), generator=generator).item()
@@ -409,12 +412,14 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
     """noise (B,C,F,H,W), text, negative (B,L,D) -> latents (B,C,F,H,W): DDIM, classifier-free guidance.
 
     Guidance (arXiv 2207.12598) runs both texts as one batch, negative first, and the embeddings (in eval
-    mode) act on both halves; guidance <= 1 runs the prompt alone.
+    mode) act on both halves, at steps t >= motion.t_min * T; guidance <= 1 runs the prompt alone.
     """
     scheduler, x, guided = models.scheduler, noise, guidance > 1
     texts = torch.cat([negative, text]) if guided else text
     for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
-        out = predict(models, torch.cat([x, x]) if guided else x, t, texts, motion)
+        # Where things go is decided while there is much noise; later the embeddings could only spoil details.
+        acting = motion if motion is not None and t >= motion.t_min * scheduler.T else None
+        out = predict(models, torch.cat([x, x]) if guided else x, t, texts, acting)
         if guided:
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance * (conditional - unconditional)
@@ -1885,9 +1890,9 @@ HERE = Path(__file__).resolve().parent
 # What a model was trained for; options that are not given take these. The second ones are the paper's.
 MODEL_DEFAULTS = {
     "tiny": dict(frames=16, size="64x64", fps=10, steps=150, lr=0.03, lr_schedule="cosine", batch=2,
-                 loss="hybrid", sample_steps=25, guidance=1.5),
+                 loss="hybrid", t_min=0.3, sample_steps=25, guidance=1.5),
     "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, lr_schedule="constant", batch=1,
-                  loss="mse", sample_steps=30, guidance=12.0)}
+                  loss="mse", t_min=0.0, sample_steps=30, guidance=12.0)}
 INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
 TRAINING = ("steps", "lr", "lr_schedule", "batch", "seed", "loss", "checkpointing")  # go to train_motion
 
@@ -1918,6 +1923,8 @@ class Config:
     mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
     mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
     levels: tuple = option((), "UNet levels with embeddings, as in 1,2 (default: deepest with attention)")
+    t_min: float = option(None, "share of diffusion steps, the quiet ones, without embeddings; paper: 0",
+                          within=(0, 0.99))
     motion_type: str = option("object", "camera: MV is dropped at inference", choices=("object", "camera"))
 
     steps: int = option(None, "training steps", within=(1, 1e6))
@@ -2087,7 +2094,7 @@ def describe(config, motion):
         f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
         f"clips      {config.frames} frames of {config.size}, {config.fps} per second, to {config.out}/",
         f"motion     {how}; {parts}, {count:,} embedding parameters, debias {motion.debias}, "
-        f"motion type {config.motion_type}",
+        f"motion type {config.motion_type}, diffusion steps from {motion.t_min} on",
         f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
         f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
         *(f"prompt     {prompt}" for prompt in config.prompts)])
@@ -2158,12 +2165,15 @@ def learn(config, models, latents, text, settings, place):
 def run(config):
     """The main job: train (or load) the reference's motion, sample every prompt, write all to config.out."""
     motion = MotionEmbeddings.load(config.motion) if config.motion else None
+    if motion and config.t_min is None:
+        config.t_min = motion.t_min
     complete(config, motion.source if motion else {})
     (pixels, grid), out, seconds, files = sizes(config), Path(config.out), {}, []
     began = time.perf_counter()
     if motion:
         motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
-        motion.debias = config.debias or motion.debias       # --debias wins over the file
+        motion.debias = config.debias or motion.debias                     # flags win over the file
+        motion.t_min = config.t_min
     else:        # these say what will be trained, and refuse what does not fit; train_motion makes its own
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         settings.update(levels=config.levels or None, debias=config.debias or "diff")

@@ -35,7 +35,7 @@ GRID, STILL = 16, 0.5    # tracked points per side; pixels per frame below which
 SEEDS = 9_000_000        # where the seeds of this file's scenes begin; make_tiny.py's pools end before
 ATTRIBUTES = ("shape", "sprite colour", "background pattern", "background colour")
 SETTINGS = mini_mi.MODEL_DEFAULTS["tiny"]
-TRAINING = ("steps", "lr", "lr_schedule", "batch", "loss")     # those of train_motion
+TRAINING = ("steps", "lr", "lr_schedule", "batch", "loss", "t_min")    # those of train_motion
 
 
 class Row(NamedTuple):

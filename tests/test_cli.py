@@ -171,7 +171,7 @@ def test_ablations_save_embeddings_without_the_part(start, flag, gone, left):
 
 @pytest.mark.parametrize("flags", [
     ["--mqk-dims", 2, "--mv-dims", 1, "--debias", "mean", "--levels", "0"],
-    ["--debias-in-training", "--guidance", 1],
+    ["--debias-in-training", "--guidance", 1, "--t-min", 0.5],
     ["--loss", "debiased", "--checkpointing", "--dtype", "bfloat16"],
     ["--loss", "hybrid", "--lr-schedule", "cosine"],
     ["--start", 0.25, "--duration", 0.5, "--negative-prompt", "blurry"]])
@@ -195,6 +195,20 @@ def test_reused_motion_is_debiased_as_its_file_says(start, tmp_path):
     for flags, debias in (([], "mean"), (["--debias", "none"], "none")):
         status, out = start("--motion", tmp_path / "m.safetensors", *flags, small=REUSE, shows=SHOWS[2:])
         assert status == 0 and json.loads((out / "run.json").read_text())["config"]["debias"] == debias
+
+
+def test_reused_motion_acts_where_it_learned(start, tmp_path):
+    """Unless the command line says otherwise; what a file of before does not say, is everywhere."""
+    motion = mini_mi.MotionEmbeddings(UNET, 4, 4, 4, t_min=0.4)
+    motion.save(tmp_path / "m.safetensors")
+    tensors, metadata = mini_mi.read_safetensors(tmp_path / "m.safetensors")
+    about = json.loads(metadata["mini_mi"])
+    about.pop("t_min")
+    mini_mi.save_safetensors(tmp_path / "old.safetensors", tensors, {"mini_mi": json.dumps(about)})
+    for name, flags, t_min in (("m", [], 0.4), ("m", ["--t-min", "0.1"], 0.1), ("old", [], 0)):
+        file = tmp_path / f"{name}.safetensors"
+        status, out = start("--motion", file, *flags, small=REUSE, shows=SHOWS[2:])
+        assert status == 0 and json.loads((out / "run.json").read_text())["config"]["t_min"] == t_min
 
 
 def test_dry_run_writes_nothing(start, capsys):

@@ -483,10 +483,12 @@ def test_gradients_stop_at_the_first_injected_layer(unet):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in motion.parameters())
 
 
-def test_a_file_with_an_unknown_debias_is_refused_at_once(tmp_path):
+@pytest.mark.parametrize("name, value, match", [
+    ("debias", "foo", "debias = 'foo'"), ("t_min", 1, "t_min"), ("t_min", "0", "cannot be read")])
+def test_a_file_with_unknown_settings_is_refused_at_once(tmp_path, name, value, match):
     """Not at the first sample, after the model was loaded and the reference inverted."""
     motion = make()
-    motion.debias = "foo"
+    setattr(motion, name, value)
     motion.save(tmp_path / "motion.safetensors")
-    with pytest.raises(mini_mi.UserError, match="motion.safetensors.*debias = 'foo'"):
+    with pytest.raises(mini_mi.UserError, match=f"motion.safetensors.*{match}"):
         mini_mi.MotionEmbeddings.load(tmp_path / "motion.safetensors")

@@ -434,7 +434,7 @@ def test_what_the_unet_is_asked(guidance, branches):
 
     noise, text = torch.randn(2, 4, 3, 2, 2), torch.ones(2, 5, 6)
     negative = -text
-    marker = object()
+    marker = SimpleNamespace(t_min=0)
     mini_mi.sample(toy(answer), noise, text, negative, 4, guidance, marker, progress=False)
     assert [t for _, t, _, _ in calls] == [751, 501, 251, 1]
     for x, _, asked, motion in calls:
@@ -445,6 +445,32 @@ def test_what_the_unet_is_asked(guidance, branches):
     mini_mi.ddim_invert(toy(answer), noise, text, 4, progress=False)
     assert [(t, motion) for _, t, _, motion in calls] == [(t, None) for t in (1, 251, 501, 751)]
     assert all(torch.equal(asked, text) for _, _, asked, _ in calls)
+
+
+@pytest.mark.parametrize("t_min, asked", [
+    (0, [751, 501, 251, 1]), (0.251, [751, 501, 251]), (0.252, [751, 501]), (0.99, [])])
+def test_below_t_min_the_embeddings_rest(t_min, asked):
+    """In sampling: at steps t >= t_min * T, of T = 1000, the UNet gets them, at the others it gets None."""
+    calls, motion = [], SimpleNamespace(t_min=t_min)
+
+    def answer(x, t, text, given):
+        calls.append((int(t), given))
+        return torch.zeros_like(x)
+
+    noise, text = torch.randn(1, 4, 3, 2, 2), torch.ones(1, 5, 6)
+    mini_mi.sample(toy(answer), noise, text, text, 4, 3.0, motion, progress=False)
+    assert calls == [(t, motion if t in asked else None) for t in (751, 501, 251, 1)]
+
+
+@pytest.mark.parametrize("t_min", [0.0, 0.6])
+def test_below_t_min_nothing_is_learned(models, clip, monkeypatch, t_min):
+    """In training: all noise levels from t_min on are drawn, and no other; the result says so."""
+    seen, real = [], mini_mi.DDIMScheduler.add_noise
+    monkeypatch.setattr(mini_mi.DDIMScheduler, "add_noise", lambda self, x, noise, t: (
+        seen.extend(t.tolist()), real(self, x, noise, t))[1])
+    motion = mini_mi.train_motion(models, *clip, steps=2, batch=200, t_min=t_min, **ARGS)
+    assert motion.t_min == t_min and len(seen) == 400
+    assert 1000 * t_min <= min(seen) < 1000 * t_min + 20 and 980 < max(seen) < 1000
 
 
 def test_blended_noise_keeps_its_variance():
