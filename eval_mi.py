@@ -85,6 +85,7 @@ class Variant:
     prior: bool = True              # start from the blend with the inverted reference; False: plain noise
     own_prompt: bool = False        # the reference's caption in place of the target prompts
     sampled: bool = True            # False: no diffusion at all
+    against: str = "full"           # the row that it is compared with
 
 
 VARIANTS = {v.name: v for v in (
@@ -109,6 +110,10 @@ VARIANTS = {v.name: v for v in (
             "debias-in-training"),
     Variant("no-inversion", "from plain noise the embeddings alone must carry the motion: fidelity falls",
             prior=False),
+    Variant("no-mqk-plain", "no-mqk where no start noise helps: all motion must come from MV",
+            "no-mqk", prior=False, against="no-inversion"),
+    Variant("no-mv-plain", "no-mv where no start noise helps: all motion must come from MQK",
+            "no-mv", prior=False, against="no-inversion"),
     # The bounds: what is there without the method, and how far any method could get.
     Variant("base", "no embeddings, the same start noise: what the inverted noise alone achieves", None),
     Variant("base-no-inversion", "no embeddings, plain noise: what the model does unasked", None,
@@ -900,9 +905,11 @@ def collect(lab):
     if "full" not in by_name:
         raise UserError(f"{s.out} has no finished cell of this grid: leave --report out, or change --out")
     full, distances = by_name["full"], {name: distance_to_real(lab, by_name[name]) for name in by_name}
-    comparisons = [compare(name, by_name[name], full, distances[name]["of"], distances["full"]["of"])
-                   for name in by_name if name != "full" and not VARIANTS[name].own_prompt
-                   and {x.cell.key for x in by_name[name]} & {x.cell.key for x in full}]
+    pairs = [(name, VARIANTS[name].against) for name in by_name
+             if name != "full" and not VARIANTS[name].own_prompt]
+    comparisons = [compare(pair, *(by_name[name] for name in pair), *(distances[name]["of"] for name in pair))
+                   for pair in pairs if pair[1] in by_name
+                   and set.intersection(*({x.cell.key for x in by_name[name]} for name in pair))]
     ablations = [(c, m) for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
     # A test of the family that was not made counts as one without a finding.
     adjusted = holm([c["metrics"][m]["p"] for c, m in ablations] + [1.0] * (FAMILY - len(ablations)))
@@ -976,25 +983,25 @@ def distance_to_real(lab, members):
                               "frames": sum(map(len, fake.values()))}}
 
 
-def compare(name, members, full, distance, full_distance):
-    """A variant against the full method: the same clip, prompt and seed, clips as independent units."""
-    keys = [key for key in dict.fromkeys(s.cell.key for s in members) if key in {s.cell.key for s in full}]
-    clips, metrics = [clip for clip, *_ in keys], {}
+def compare(names, ours, theirs, our_distance, their_distance):
+    """Two variants: samples of the same clip, prompt and seed in pairs, clips as independent units."""
+    keys = [key for key in dict.fromkeys(s.cell.key for s in ours) if key in {s.cell.key for s in theirs}]
+    (name, against), clips, metrics = names, [clip for clip, *_ in keys], {}
 
     def scores(side, metric):
         """For every key the metric, mean over trainings."""
         return [np.mean([s.about["scores"][metric] for s in side if s.cell.key == key]) for key in keys]
 
-    for m in [m for m in METRICS if m in members[0].about["scores"]]:
-        mean, low, high, p = paired_difference(scores(members, m), scores(full, m), clips)
+    for m in [m for m in METRICS if m in ours[0].about["scores"]]:
+        mean, low, high, p = paired_difference(scores(ours, m), scores(theirs, m), clips)
         alpha = 0.05 / FAMILY if name in ABLATIONS and m in PRIMARY else 0.05
         metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
                       "detectable": detectable_difference(high - mean, len(set(clips)), alpha=alpha)}
-    frechet, same = None, [sorted((s.cell.key, s.cell.train_seed) for s in side) for side in (members, full)]
+    frechet, same = None, [sorted((s.cell.key, s.cell.train_seed) for s in side) for side in (ours, theirs)]
     if same[0] == same[1]:                          # else the two distances differ in n
-        frechet = jackknife(lambda some: distance(some) - full_distance(some), tuple(dict.fromkeys(clips)))
-    return {"name": name, "pairs": len(keys), "clips": len(set(clips)), "metrics": metrics,
-            "frechet": frechet}
+        frechet = jackknife(lambda some: our_distance(some) - their_distance(some), (*dict.fromkeys(clips),))
+    return {"name": name, "against": against, "pairs": len(keys), "clips": len(set(clips)),
+            "metrics": metrics, "frechet": frechet}
 
 
 def spread(name, metric, members, full):
@@ -1049,7 +1056,7 @@ def sentence(comparison):
             power = (f"a change of {test['detectable']:.3f} would have shown in four of five such experiments"
                      if tests * 2 / 2 ** clips < 0.05 else "so few clips could not have shown any")
             parts.append(f"No change of {title} was detected: it {verb} by {said}; {power}")
-    return f"{comparison['name']} against full, {clips} clips: {'. '.join(parts)}."
+    return f"{comparison['name']} against {comparison['against']}, {clips} clips: {'. '.join(parts)}."
 
 
 # ============= BALLOT: User Preference, from a page that people vote on to shares with intervals ============
@@ -1283,7 +1290,7 @@ def document(results):
             "embedding parameters": number(cost["parameters"], ",.0f")})
     for c, said in zip(results["comparisons"], results["sentences"]):
         parts["answers" if c["name"] in ABLATIONS else "others"].append(said)
-        parts["differences"].append({"against full": c["name"], **{
+        parts["differences"].append({"difference": f"{c['name']} (from {c['against']})", **{
             METRICS[m]: plus_minus((t["mean"], t["low"], t["high"]), "+.3f")
             + (f" ({p_text(t['p_holm'])}, Holm)" if "p_holm" in t else f" ({p_text(t['p'])})")
             for m, t in c["metrics"].items()}, distance: plus_minus(c["frechet"], "+.3f")})

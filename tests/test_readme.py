@@ -6,6 +6,8 @@ import re
 import pytest
 from conftest import ROOT
 
+import mini_mi
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "data" / "ablation" / "results.json").read_text(encoding="utf-8"))
 COLUMNS = ("motion_fidelity", "text_similarity", "attributes", "temporal_consistency")
@@ -49,6 +51,16 @@ def test_the_way_from_plain_noise_to_the_bound():
     lowest = min(sum(values) / len(values) for values in of_full.values())
     assert f"no clip lies below {lowest:.2f}" in words
     assert f"is {RESULTS['chance'][0]:.3f}" in README
+
+
+def test_the_default_clip_is_taken_by_the_rule():
+    """Of the clips in data/clips the one that the start noise alone follows least."""
+    base = {}
+    for cell in RESULTS["cells"]:
+        if cell["variant"] == "base" and (ROOT / "data" / "clips" / f"{cell['clip']}.webp").exists():
+            base.setdefault(cell["clip"], []).append(cell["scores"]["motion_fidelity"])
+    assert len(base) == 12 and min(base, key=lambda clip: sum(base[clip])) == mini_mi.DEFAULT_CLIP
+    assert f"`{mini_mi.DEFAULT_CLIP}`" in README
 
 
 def test_command_and_date_of_the_run():
