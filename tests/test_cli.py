@@ -227,12 +227,14 @@ def test_help_shows_every_option_with_its_default(capsys):
         mini_mi.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for flag in ("no-mqk no-mv debias mqk-dims mv-dims motion-type video source-prompt prompt motion steps "
-                 "lr lr-schedule negative-prompt loss sample-steps guidance noise-prior frames size "
-                 "start duration format seeds "
-                 "no-compare fps seed "
-                 "device dtype model out levels snapshots dry-run").split():
-        assert f"--{flag}" in text
+    options = set(re.findall(r"--[a-z][a-z-]*", text))
+    for flag in ("no-mqk no-mv debias debias-in-training mqk-dims mv-dims motion-type t-min video prompt "
+                 "source-prompt motion steps lr lr-schedule batch checkpointing negative-prompt loss "
+                 "sample-steps guidance noise-prior frames size start duration format seeds no-compare "
+                 "fps seed device dtype model out levels snapshots dry-run help").split():
+        assert f"--{flag}" in options
+        options.remove(f"--{flag}")
+    assert not options
     assert "0.02" in text and "576x320" in text and "default: diff" in text
 
 
@@ -617,8 +619,8 @@ def test_interrupted_training_goes_on_where_it_was(start, clip, tiny_random, tmp
     assert gifs(tmp_path / "out") == gifs(tmp_path / "whole")
 
 
-def test_another_setting_does_not_continue_that_training(start, monkeypatch):
-    """The state's name holds what determines the training."""
+def recorded_states(monkeypatch):
+    """Trainings end at once from here on; the list of the names of their states."""
     seen = []
 
     def record(*args, state, **settings):
@@ -626,9 +628,15 @@ def test_another_setting_does_not_continue_that_training(start, monkeypatch):
         raise mini_mi.UserError("enough")
 
     monkeypatch.setattr(mini_mi, "train_motion", record)
+    return seen
+
+
+def test_another_setting_does_not_continue_that_training(start, monkeypatch):
+    """The state's name holds what determines the training."""
+    seen = recorded_states(monkeypatch)
     same = [[], [], ["--guidance", 2], ["--prompt", "a cat"]]
     others = [["--seed", 1], ["--lr", 0.01], ["--loss", "debiased"], ["--no-mv"], ["--start", 0.2],
-              ["--steps", 3], ["--levels", "0"]]
+              ["--steps", 3], ["--levels", "0"], ["--t-min", 0.5]]
     for change in [*same, *others]:
         assert start(*change)[0] == 2
     assert len(set(seen[:len(same)])) == 1 and len(set(seen)) == 1 + len(others)
@@ -636,13 +644,7 @@ def test_another_setting_does_not_continue_that_training(start, monkeypatch):
 
 def test_a_retrained_model_does_not_continue_that_training(start, tiny_random, tmp_path, monkeypatch):
     """The same folder with other weights in it; the same weights in another folder."""
-    seen = []
-
-    def record(*args, state, **settings):
-        seen.append(state.name)
-        raise mini_mi.UserError("enough")
-
-    monkeypatch.setattr(mini_mi, "train_motion", record)
+    seen = recorded_states(monkeypatch)
     copied = shutil.copytree(tiny_random, tmp_path / "copy")
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
     assert start()[0] == start(model=copied)[0] == 2

@@ -170,6 +170,7 @@ def test_training_motions_surround_the_references():
     drawn = [world.reference("test", i) for i in range(400)]
     held = np.array([facts(world.scene(about["seed"], [about["motion"]])) for about in drawn])
     assert (((low <= held) & (held <= high)).mean(axis=0) >= 0.95).all()
+    assert not {about["motion"] for about in drawn} & set(world.TRAIN_MOTIONS)
 
 
 def test_sprite_minus_background_points_one_way_in_rgb():
