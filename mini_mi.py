@@ -150,11 +150,10 @@ class MotionEmbeddings(nn.Module):
                  mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False, t_min=0.0):
         super().__init__()
         self.use_mqk, self.use_mv, self.mqk_dims, self.mv_dims = use_mqk, use_mv, mqk_dims, mv_dims
-        self.debias, self.debias_in_training, self.t_min = debias, debias_in_training, t_min
-        self.frames = frames
+        self.debias, self.debias_in_training = debias, debias_in_training
+        self.t_min, self.frames = t_min, frames
         if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2} or not 0 <= t_min < 1:
-            raise UserError(f"debias = {debias!r}: it takes diff, mean or none; mqk_dims and mv_dims 1 or 2, "
-                            "t_min 0 or more, but less than 1")
+            raise UserError(f"debias = {debias!r}: diff, mean or none; dims: 1 or 2; t_min = {t_min}: < 1")
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
         self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
         if unet_config is None:
@@ -165,8 +164,7 @@ class MotionEmbeddings(nn.Module):
             sites = UNet3DConditionModel(unet_config).motion_sites
         levels = [max(sites)] if levels is None else sorted(levels)
         if not levels or not set(levels) <= set(sites):
-            raise UserError(f"levels {levels} cannot all take embeddings: "
-                            f"this model has attention at levels {sorted(sites)}")
+            raise UserError(f"levels {levels} cannot all take embeddings, only {sorted(sites)} can here")
         for level, block, channels in ((i, *site) for i in levels for site in sites[i].items()):
             # Every downsampling is a convolution of stride 2 and padding 1, which rounds odd sizes up.
             grid = self.grids[block] = (-(-height // 2 ** level), -(-width // 2 ** level))
@@ -209,9 +207,8 @@ class MotionEmbeddings(nn.Module):
         for key, value in self._parameters.items():
             have, wanted = value.shape[-1], widths.get(block_of(key), "no place")
             if have != wanted:
-                raise UserError(f"these motion embeddings do not fit the model: {block_of(key)} has width "
-                                f"{have} in the motion file and {wanted} in the model; use the model they "
-                                "were made with")
+                raise UserError("these motion embeddings do not fit the model, use the one they were made "
+                                f"with: {block_of(key)} has width {have} in the file, {wanted} in the model")
 
     def save(self, path):
         """Writes safetensors; settings, grids and source are its metadata."""
@@ -294,8 +291,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
                 lora.step(models, x_t, t, text, target, scaler, generator)
             error = motion_loss(loss, predict(models, x_t, t, text, motion), target, anchor)
             if not error.isfinite():
-                raise UserError(f"the loss is not finite at step {step + 1}: "
-                                f"lower --lr (now {lr}) or use --dtype float32")
+                raise UserError(f"the loss is not finite at step {step + 1}: lower --lr ({lr}) or use float32")
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(error).backward()
             scaler.step(optimizer)
@@ -341,8 +337,7 @@ class DDIMScheduler:
         self.T, self.offset = c.num_train_timesteps, c.steps_offset
         self.v_prediction = c.prediction_type == "v_prediction"
         power = 0.5 if c.beta_schedule == "scaled_linear" else 1                # scaled: linear in sqrt(beta)
-        ramp = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T, dtype=torch.float32)
-        betas = ramp ** (1 / power)
+        betas = torch.linspace(c.beta_start ** power, c.beta_end ** power, self.T) ** (1 / power)
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)              # abar_t = prod_{s<=t} (1 - beta_s)
         self.final_alpha_cumprod = torch.tensor(1.0) if c.set_alpha_to_one else self.alphas_cumprod[0]
 
@@ -1887,7 +1882,7 @@ def loss_curve(losses):
 # ============================================================================================================
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_CLIP = "pendulum_2"         # the one of data/clips that the inverted noise alone (`base`) follows least
+DEFAULT_CLIP = "pendulum_2"         # of data/clips, the one that inverted noise alone (`base`) follows least
 # What a model was trained for; options that are not given take these. The second ones are the paper's.
 MODEL_DEFAULTS = {
     "tiny": dict(frames=16, size="64x64", fps=10, steps=300, lr=0.2, lr_schedule="cosine", batch=1,
