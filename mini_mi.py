@@ -291,7 +291,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
                 lora.step(models, x_t, t, text, target, scaler, generator)
             error = motion_loss(loss, predict(models, x_t, t, text, motion), target, anchor)
             if not error.isfinite():
-                raise UserError(f"the loss is not finite at step {step + 1}: lower --lr ({lr}) or use float32")
+                raise UserError(f"a loss is not finite at step {step + 1}: lower --lr ({lr}) or use float32")
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(error).backward()
             scaler.step(optimizer)
