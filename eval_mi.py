@@ -1552,7 +1552,7 @@ class Settings:
     lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
                               choices=("constant", "cosine"))
     loss: str = option(None, "what is trained with, as in mini_mi.py", choices=("mse", "debiased", "hybrid"))
-    t_min: float = option(None, "share of diffusion steps, the quiet ones, without embeddings; paper: 0",
+    t_min: float = option(None, "share of diffusion steps, the least noisy, without embeddings; paper: 0",
                           within=(0, 0.99))
     sample_steps: int = option(None, "sampling steps", within=COUNT)
     invert_steps: int = option(None, "steps of the inversion that gives the start noise", within=COUNT)

@@ -5,7 +5,7 @@ text-to-video diffusion model denoises a reference clip; two sets of embeddings 
 are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to the same
 model with another prompt, they make new content move like the reference.
 
-    python mini_mi.py                            the whole job on the embedded model, half a minute on a CPU
+    python mini_mi.py                            the whole job on the embedded model, on a CPU, too
     python mini_mi.py --no-mqk                   an ablation: the same without MQK (or --no-mv)
     python mini_mi.py --model zeroscope --video dog.mp4 --source-prompt "a dog runs" --prompt "a robot runs"
 
@@ -21,7 +21,7 @@ Map. Names are looked up when a function runs, so what the method uses may stand
 
 Letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
           h w pixels   L text tokens   D text width   N any batch axis, such as B*F
-          t diffusion step, never a frame   T number of them   c the config of a part
+          t diffusion step, never a frame   T number of them   c the config of a part; the text in Eq. 4
           h alone, in THE PAPER, is what temporal attention reads, as in its Eq. 3
 """
 
@@ -81,9 +81,9 @@ class UserError(ValueError):
 #                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
 #                          could hold the clip's looks, too.
 #
-#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, in LEARN IT).
-#   That is why MV is debiased at inference: what does not change from frame to frame is appearance and not
-#   motion; all frames but the first keep only the change (Eq. 5: `debias`).
+#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, in LEARN IT), and
+#   looks help it, too. So MV is debiased at inference: what does not change from frame to frame is appearance
+#   and not motion; all frames but the first keep only the change (Eq. 5: `debias`).
 # ============================================================================================================
 
 def debias(m_v, mode):
@@ -141,7 +141,7 @@ class MotionEmbeddings(nn.Module):
     mqk_dims, mv_dims  1: shape (1, F, C);  2: (H*W, F, C)
     debias           diff | mean | none. `.eval()` adds debiased MV, `.train()` raw MV, unless
                      debias_in_training
-    t_min            share of T: the embeddings learn and act at steps t >= t_min * T only; the paper's 0: all
+    t_min            share of T: `train_motion` and `sample` use them at steps t >= t_min * T; the paper: 0, all
     """
 
     SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training", "t_min")
@@ -153,7 +153,7 @@ class MotionEmbeddings(nn.Module):
         self.debias, self.debias_in_training = debias, debias_in_training
         self.t_min, self.frames = t_min, frames
         if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2} or not 0 <= t_min < 1:
-            raise UserError(f"debias = {debias!r}: diff, mean or none; dims: 1 or 2; t_min = {t_min}: < 1")
+            raise UserError(f"debias = {debias!r}: diff, mean or none; dims: 1 or 2; t_min {t_min}: 0 to 1")
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
         self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
         if unet_config is None:
@@ -278,7 +278,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
         bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
                    disable=not progress)
         for step in bar:
-            t = torch.randint(int(motion.t_min * scheduler.T), scheduler.T, (batch,), generator=generator)
+            t = torch.randint(math.ceil(motion.t_min * scheduler.T), scheduler.T, (batch,), generator=generator)
             noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
             # The anchor is drawn for every loss, so that all see the same steps and noise.
             anchor = torch.randint(frames, (), generator=generator).item()
@@ -303,7 +303,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
                 state = save_state(state, parts, generator, losses)
             if on_step:
                 on_step(step + 1, motion.eval())
-    finally:                                     # the model is lent: whatever happens, it is as it was before
+    finally:                                              # the model is lent, and given back as it should be
         unet.checkpointing = False
         if lora:
             lora.switch(on=False)
@@ -412,7 +412,7 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
     scheduler, x, guided = models.scheduler, noise, guidance > 1
     texts = torch.cat([negative, text]) if guided else text
     for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
-        # Where things go is decided while there is much noise; later the embeddings could only spoil details.
+        # Where things go is decided while there is much noise; later the embeddings cost more than they bring.
         acting = motion if motion is not None and t >= motion.t_min * scheduler.T else None
         out = predict(models, torch.cat([x, x]) if guided else x, t, texts, acting)
         if guided:
@@ -1919,7 +1919,7 @@ class Config:
     mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
     mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
     levels: tuple = option((), "UNet levels with embeddings, as in 1,2 (default: deepest with attention)")
-    t_min: float = option(None, "share of diffusion steps, the quiet ones, without embeddings; paper: 0",
+    t_min: float = option(None, "share of diffusion steps, the least noisy, without embeddings; paper: 0",
                           within=(0, 0.99))
     motion_type: str = option("object", "camera: MV is dropped at inference", choices=("object", "camera"))
 
@@ -2090,7 +2090,7 @@ def describe(config, motion):
         f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
         f"clips      {config.frames} frames of {config.size}, {config.fps} per second, to {config.out}/",
         f"motion     {how}; {parts}, {count:,} embedding parameters, debias {motion.debias}, "
-        f"motion type {config.motion_type}, diffusion steps from {motion.t_min} on",
+        f"motion type {config.motion_type}, used at t >= {motion.t_min} T",
         f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
         f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
         *(f"prompt     {prompt}" for prompt in config.prompts)])
