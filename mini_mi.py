@@ -141,7 +141,7 @@ class MotionEmbeddings(nn.Module):
     mqk_dims, mv_dims  1: shape (1, F, C);  2: (H*W, F, C)
     debias           diff | mean | none. `.eval()` adds debiased MV, `.train()` raw MV, unless
                      debias_in_training
-    t_min            share of T: `train_motion` and `sample` use them at steps t >= t_min * T; the paper: 0, all
+    t_min            share of T; `train_motion` and `sample` use them at t >= t_min * T; the paper: 0, all
     """
 
     SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training", "t_min")
@@ -270,15 +270,15 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
         raise UserError(f"lr_schedule = {lr_schedule!r} is not known; it takes constant or cosine")
     x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
     lora = SpatialLoRA(unet, generator) if loss == "hybrid" else None
-    parts = dict(motion=motion, optimizer=optimizer, scaler=scaler)                   # what can be resumed
-    parts.update(dict(lora=lora, lora_optimizer=lora.optimizer) if lora else {})
+    parts = dict(motion=motion, optimizer=optimizer, scaler=scaler,                   # what can be resumed
+                 **(dict(lora=lora, lora_optimizer=lora.optimizer) if lora else {}))
     try:
         losses = load_state(state, parts, generator, steps) if state and Path(state).exists() else []
         unet.checkpointing = checkpointing
         bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
                    disable=not progress)
         for step in bar:
-            t = torch.randint(math.ceil(motion.t_min * scheduler.T), scheduler.T, (batch,), generator=generator)
+            t = torch.randint(math.ceil(motion.t_min * scheduler.T), scheduler.T, [batch], generator=generator)
             noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
             # The anchor is drawn for every loss, so that all see the same steps and noise.
             anchor = torch.randint(frames, (), generator=generator).item()
@@ -412,7 +412,7 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
     scheduler, x, guided = models.scheduler, noise, guidance > 1
     texts = torch.cat([negative, text]) if guided else text
     for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
-        # Where things go is decided while there is much noise; later the embeddings cost more than they bring.
+        # Where things go is decided while there is much noise; later embeddings cost more than they bring.
         acting = motion if motion is not None and t >= motion.t_min * scheduler.T else None
         out = predict(models, torch.cat([x, x]) if guided else x, t, texts, acting)
         if guided:
