@@ -260,7 +260,8 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
     settings       of MotionEmbeddings
     """
     _, _, frames, height, width = latents.shape
-    unet, scheduler, generator = models.unet, models.scheduler, torch.Generator().manual_seed(seed)
+    unet, scheduler, T = models.unet, models.scheduler, models.scheduler.T
+    generator = torch.Generator().manual_seed(seed)
     motion = MotionEmbeddings(unet.config, frames, height, width, **settings).to(models.device)
     # AdamW's default decay, which the authors leave active: a step multiplies embeddings by 1 - lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
@@ -278,12 +279,11 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
         bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
                    disable=not progress)
         for step in bar:
-            t = torch.randint(math.ceil(motion.t_min * scheduler.T), scheduler.T, [batch], generator=generator)
+            t = torch.randint(math.ceil(motion.t_min * T), T, (batch,), generator=generator)
             noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
             # The anchor is drawn for every loss, so that all see the same steps and noise.
             anchor = torch.randint(frames, (), generator=generator).item()
             x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
-
             if lr_schedule == "cosine":
                 optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             motion.train()
