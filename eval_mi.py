@@ -363,8 +363,6 @@ def student_interval(values, confidence=0.95):
 
 def wilson_interval(successes, n, confidence=0.95):
     """Interval for a share, right also near 0 and 1 and at small n -> (low, high). Source: Wilson 1927."""
-    if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"{successes} of {n} is no share")
     return tuple(map(float, scipy.stats.binomtest(successes, n).proportion_ci(confidence, "wilson")))
 
 
@@ -555,9 +553,9 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
     try:
         if path.exists():
             return read(path)
-    except (MemoryError, PermissionError):
-        raise
     except Exception as e:                                           # damaged files raise a dozen types
+        if isinstance(e.__cause__ or e, (MemoryError, PermissionError)):
+            raise
         aside = path.with_suffix(".damaged")
         with contextlib.suppress(FileNotFoundError):                 # another rank was first
             os.replace(path, aside)
@@ -605,7 +603,7 @@ def find_clip(folder, name):
 
 def read_clips(s, in_world):
     """The reference clips: of `--clips`, or, for the embedded model, as many as asked for of the world."""
-    width, height = map(int, s.size.split("x"))
+    width, height = mini_mi.sizes(s)[0]
     rendered, file = in_world and not s.clips, Path(s.clips or mini_mi.HERE / "data" / "clips") / "clips.json"
     if rendered and width != height:
         raise UserError(f"--size {s.size}: the embedded world is square; take --size {width}x{width}")
@@ -843,12 +841,14 @@ class Lab:
 
     @torch.no_grad()
     def measure(self, frames):
-        """frames (F,h,w,3) uint8 -> features (F,D), fid_features (F or F/4,d), tracks (n,F,2) never hidden"""
+        """frames (F,h,w,3) uint8 -> features (F,D), fid_features (F or about F/4,d), tracks (n,F,2) never
+        hidden"""
         features = for_fid = self.image_features(frames)
         pixels = torch.from_numpy(frames).to(self.device)
         if not self.in_world:                                        # neighbours cost much and add little
             network = InceptionV3.pretrained(self.device)
-            for_fid = network(pixels[::4].permute(0, 3, 1, 2).float() / 255).cpu().numpy()
+            some = pixels[::min(4, len(pixels) // 2)]                # two at least: one has no covariance
+            for_fid = network(some.permute(0, 3, 1, 2).float() / 255).cpu().numpy()
         find_tracks = track_points if self.settings.tracker == "lk" else cotracker
         (tracks,), (visible,) = find_tracks(pixels[None], self.settings.grid)
         return {"features": features, "fid_features": for_fid, "tracks": tracks[visible.all(1)].numpy()}
@@ -1241,13 +1241,13 @@ def preference(votes, variant_of):
     return found
 
 
-def preference_tests(votes, variant_of, against=ABLATIONS):
+def preference_tests(votes, variant_of):
     """Is `full` chosen more often than an ablation? -> name -> (mean, low, high, p); see `paired_difference`.
     mean: the difference of their shares, averaged over participants, whose signs are flipped as a whole.
     """
     picked, people = [variant_of[v.choice] for v in votes], [v.participant for v in votes]
     return {name: paired_difference(*([int(p == one) for p in picked] for one in ("full", name)), people)
-            for name in against if votes and name in variant_of.values()}
+            for name in ABLATIONS if votes and {"full", name} <= {*variant_of.values()}}
 
 
 # ========================= REPORT: results.json, results.md, results.svg, report.html =======================
@@ -1308,8 +1308,8 @@ def document(results):
         f"compares {judges['frechet']} features with those of {judges['real']}.",
         "Chance level of Motion Fidelity, against reference clips of other motions: "
         f"{plus_minus(results['chance'])}.",
-        *(f"User Preference, full against {name}: {plus_minus(test[:3], '+.3f')} of the votes, p = "
-          f"{test[3]:.3f} by sign flips over participants." for name, test in preference["tests"].items()),
+        *(f"User Preference, full against {name}: {plus_minus(test, '+.3f')} of the votes, {p_text(p)} "
+          "by sign flips over participants." for name, (*test, p) in preference["tests"].items()),
         *(f"User Preference of {name}: {v['n']} votes of {v['participants']} people, chance {v['chance']:.3f}"
           f"{v['note'] and ': ' + v['note']}." for name, v in people.items()), *preference["notes"]]
     if not people:
@@ -1454,21 +1454,18 @@ def look_inside(lab):
 
     def make():
         """Attention maps and norms of MV, from one pass of the UNet without MQK and one with it."""
-        latents, seen, arrays = lab.invert(clip)[0], {}, {}
+        latents, seen, arrays = lab.invert(clip)[0], [], {}
         block = min(motion.to(lab.device).grids)                     # a file has them in no certain order
-        grid, t = motion.grids[block], models.scheduler.T // 2
+        grid, t = motion.grids[block], math.ceil(max(0.5, motion.t_min) * models.scheduler.T)
         attention = models.unet.get_submodule(block).attn1
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
         noisy = models.scheduler.add_noise(latents, noise, t)
-        hooks = [getattr(attention, part).register_forward_hook(
-            lambda *call, part=part: seen.update({part: call[-1]})) for part in ("to_q", "to_k")]
         for motion.use_mqk, name in ((False, "without_mqk"), (True, "with_mqk")):
-            mini_mi.predict(models, noisy, t, mini_mi.encode_prompt(models, [clip.caption]), motion)
-            q, k = (seen[part].float().flatten(0, -3).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-                    for part in ("to_q", "to_k"))                                # (H*W, heads, F, d_k)
+            with attention.register_forward_pre_hook(lambda _, reads: seen.append(reads[0])):
+                mini_mi.predict(models, noisy, t, mini_mi.encode_prompt(models, [clip.caption]), motion)
+            q, k = (part(seen[-1]).float().flatten(0, -3).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                    for part in (attention.to_q, attention.to_k))                # (H*W, heads, F, d_k)
             arrays[name] = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1)).cpu().numpy()
-        for hook in hooks:
-            hook.remove()
         for name in ("mv_raw", "mv_debiased"):
             motion.train(name == "mv_raw")                           # in training MV is added as it is
             _, m_v = motion.for_attention(block, "attn1", latents.shape[2], grid)    # (H*W, F, C)
@@ -1533,12 +1530,12 @@ COUNT = 1, 1e6
 
 
 @dataclasses.dataclass
-class Settings:
+class Settings(mini_mi.SharedConfig):
     """Everything that a user can set; the command line is made from it."""
     model: str = option("tiny", "the embedded model (tiny), zeroscope, a hub repository or a model folder")
     clip: str = option(None, "CLIP folder or repository (default: MODEL/clip, else OpenAI's ViT-B/32)")
     clips: str = option(None, "folder with clips.json: NAME -> caption, motion, prompts (default: rendered "
-                              "for the embedded model, else data/clips)")
+                              "for the embedded model, else data/clips, of 16 frames)")
     split: str = option("test", "which clips of the embedded world", choices=("test", "validation"))
     out: str = option("out/eval", "folder for the cells and the report; a second run goes on there")
     variants: str = option(",".join(DEFAULT_VARIANTS), f"what to compare with full: {', '.join(VARIANTS)}")
@@ -1546,25 +1543,10 @@ class Settings:
     prompt_count: int = option(2, "target prompts per clip", within=COUNT)
     seed_count: int = option(2, "sampling seeds per prompt", within=COUNT)
     training_seeds: int = option(1, "trainings of each kind per clip; 2 tell the spread", within=COUNT)
-    steps: int = option(None, "training steps per clip and trained variant", within=COUNT)
-    lr: float = option(None, "learning rate of the training", within=(1e-9, 1e3))
-    batch: int = option(None, "noise levels in every training step", within=COUNT)
-    lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
-                              choices=("constant", "cosine"))
-    loss: str = option(None, "what is trained with, as in mini_mi.py", choices=("mse", "debiased", "hybrid"))
-    t_min: float = option(None, "share of diffusion steps, the least noisy, without embeddings; paper: 0",
-                          within=(0, 0.99))
-    sample_steps: int = option(None, "sampling steps", within=COUNT)
     invert_steps: int = option(None, "steps of the inversion that gives the start noise", within=COUNT)
-    guidance: float = option(None, "strength of the prompt while sampling", within=(-1e3, 1e3))
-    noise_prior: float = option(0.5, "share of the inverted reference in the start noise", within=(0, 1))
-    frames: int = option(None, "frames per clip", within=(2, 1e6))
-    size: str = option(None, "WIDTHxHEIGHT in pixels")
-    checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
     sample_batch: int = option(4, "samples made at once: 4 suits a CPU, a GPU likes more", within=COUNT)
     tracker: str = option("lk", "built-in Lucas-Kanade, or CoTracker 3, fetched", choices=("lk", "cotracker"))
     grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55", within=COUNT)
-    device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option(None, "of the UNet (default: float16 for large models on CUDA, else float32)",
                         choices=("float32", "bfloat16", "float16"))
     quick: bool = option(False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
@@ -1587,10 +1569,7 @@ def parse(argv=None):
     s.device = mini_mi.pick_device(s.device)
     if s.device == "cuda":                         # under torchrun every process of a machine takes its own
         s.device = mini_mi.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    s.dtype = s.dtype or ("float32" if s.small or s.device == "cpu" else "float16")
-    size = re.fullmatch(r"(\d+)x(\d+)", s.size)
-    if not size or any(int(side) % 8 or side == "0" for side in size.groups()):
-        raise UserError(f"--size {s.size} is not WIDTHxHEIGHT in multiples of 8, as in 64x64")
+    s.dtype = s.dtype or ("float16" if s.device.startswith("cuda") and not s.small else "float32")
     for name, first in (("variants", ["full"]), ("ballot_variants", [])):
         names = list(dict.fromkeys(first + getattr(s, name).replace(",", " ").split()))
         if unknown := [n for n in names if n not in VARIANTS]:

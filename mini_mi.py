@@ -1899,7 +1899,28 @@ def option(default, about, **extra):
 
 
 @dataclasses.dataclass
-class Config:
+class SharedConfig:
+    """The settings that eval_mi.py has, too."""
+    steps: int = option(None, "training steps", within=(1, 1e6))
+    lr: float = option(None, "learning rate", within=(1e-9, 1e3))
+    lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
+                              choices=("constant", "cosine"))
+    batch: int = option(None, "noise levels in every training step", within=(1, 1e4))
+    loss: str = option(None, "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
+                       choices=("mse", "debiased", "hybrid"))
+    t_min: float = option(None, "share of diffusion steps, the least noisy, without embeddings; paper: 0",
+                          within=(0, 0.99))
+    checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
+    sample_steps: int = option(None, "DDIM steps", within=(1, 1e5))
+    guidance: float = option(None, "classifier-free guidance; 1 or less switches it off", within=(-1e3, 1e3))
+    noise_prior: float = option(0.5, "share of the inverted reference in the start noise", within=(0, 1))
+    frames: int = option(None, "frames of the clips", within=(2, 1e4))
+    size: str = option(None, "WIDTHxHEIGHT in pixels")
+    device: str = option("auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu")
+
+
+@dataclasses.dataclass
+class Config(SharedConfig):
     """All settings of a run. The command line is made from this class, and run.json records it."""
     model: str = option(None, "tiny (embedded, the default), zeroscope, owner/name[@revision] or a folder")
     video: str = option(None, "GIF, WebP, APNG, folder of pictures or film (default: one of data/clips)")
@@ -1919,32 +1940,14 @@ class Config:
     mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
     mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
     levels: tuple = option((), "UNet levels with embeddings, as in 1,2 (default: deepest with attention)")
-    t_min: float = option(None, "share of diffusion steps, the least noisy, without embeddings; paper: 0",
-                          within=(0, 0.99))
     motion_type: str = option("object", "camera: MV is dropped at inference", choices=("object", "camera"))
 
-    steps: int = option(None, "training steps", within=(1, 1e6))
-    lr: float = option(None, "learning rate", within=(1e-9, 1e3))
-    lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
-                              choices=("constant", "cosine"))
-    batch: int = option(None, "noise levels in every training step", within=(1, 1e4))
-    loss: str = option(None, "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
-                       choices=("mse", "debiased", "hybrid"))
     snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100")
-    checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
-
-    sample_steps: int = option(None, "DDIM steps", within=(1, 1e5))
-    guidance: float = option(None, "classifier-free guidance; 1 or less switches it off", within=(-1e3, 1e3))
-    noise_prior: float = option(0.5, "share of the inverted reference in the start noise", within=(0, 1))
     seeds: int = option(1, "clips per prompt, of as many seeds in a row", within=(1, 1e4))
     compare: bool = option(True, "no clips without embeddings: half the sampling", flag="--no-compare")
-
-    frames: int = option(None, "frames of the clips", within=(2, 1e4))
-    size: str = option(None, "WIDTHxHEIGHT in pixels")
     fps: int = option(None, "frames per second of what is written", within=(1, 500))
     format: str = option("gif", "kind of file for the clips", choices=("gif", "webp", "mp4"))
     seed: int = option(0, "random seed of training and sampling", within=(0, 2 ** 62))
-    device: str = option("auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu")
     dtype: str = option("auto", "number format of the UNet; auto: float16 on cuda, float32 elsewhere",
                         choices=("auto", "float32", "bfloat16", "float16"))
     dry_run: bool = option(False, "say what would happen, and stop")
@@ -1970,7 +1973,8 @@ def parse_options(cls, argv, prog, about, by_model=MODEL_DEFAULTS):
     """
     parser = Parser(prog, description=about, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in (f for f in dataclasses.fields(cls) if f.metadata):
+    options = [f for f in dataclasses.fields(cls) if f.metadata]
+    for f in sorted(options, key=lambda f: f.name not in cls.__annotations__):       # its own come first
         flag, default = f.metadata.get("flag", "--" + f.name.replace("_", "-")), f.default
         how = {"type": f.type, "choices": f.metadata.get("choices")}
         if f.name in by_model["tiny"]:
@@ -2025,10 +2029,12 @@ def complete(config, source):
 
     source: of the motion file, or {}. UserError: values that would spoil the run, missing prompts.
     """
+    types = {f.name: f.type for f in dataclasses.fields(config)}
+
     def fill(values, *names):
         """Sets those that are still None. A value of the wrong kind, from a motion file, counts as absent."""
         for name in names or values:
-            if getattr(config, name) is None and isinstance(values.get(name), Config.__annotations__[name]):
+            if getattr(config, name) is None and isinstance(values.get(name), types[name]):
                 setattr(config, name, values[name])
 
     clips = HERE / "data" / "clips"
