@@ -1411,7 +1411,7 @@ def local_folder(model):
     folder, repo = HERE / "data" / "tiny" if model == "tiny" else Path(model), str(model).partition("@")[0]
     if (folder / "unet").is_dir():
         return folder
-    if folder.exists() or repo not in ALIASES and repo.count("/") != 1:
+    if repo not in ALIASES and (folder.exists() or repo.count("/") != 1):
         raise UserError(f"{folder} is no model folder: there is no unet/ in it; give a folder in diffusers "
                         f"layout, a hub repository (owner/name[@revision]), tiny or {', '.join(ALIASES)}")
     return None
@@ -1459,7 +1459,6 @@ def download(url, target, token):
     # The part is named by the SHA-256 of the whole, so that parts of two versions are never joined.
     kept = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
     offset, place, linked = kept.stat().st_size if kept else 0, url, None
-    digest = hashlib.sha256(np.memmap(kept, mode="r") if offset else b"")    # mapped: it may have gigabytes
     headers = {"Range": f"bytes={offset}-"} if offset else {}
     headers.update({"Authorization": f"Bearer {token}"} if token else {})
     # Without the handlers that follow redirects and raise for a status: the hub's own answer tells hash and
@@ -1493,17 +1492,18 @@ def download(url, target, token):
             kept.unlink()                                                # it is no beginning of this file
             raise ConnectionError("the file on the hub has changed")
         if answer.status == 200:                           # all of it, also from servers that ignore Range
-            offset, digest = 0, hashlib.sha256()
+            offset = 0
         size = int(linked.get("X-Linked-Size") or offset + int(answer.headers.get("Content-Length") or 0))
         with open(part, "ab" if offset else "wb") as file, tqdm.wrapattr(
                 file, "write", size, initial=offset, desc=target.name, disable=not sha256) as watched:
             # 416: nothing follows the part. It may be all of it, if a process ended before the check below.
-            while answer.status != 416 and (block := answer.read(1 << 20)):
-                digest.update(block)
-                watched.write(block)
+            if answer.status != 416:
+                shutil.copyfileobj(answer, watched, 1 << 20)
     if (have := part.stat().st_size) < size:
         raise ConnectionError(f"the connection ended at byte {have} of {size}")
-    if sha256 and digest.hexdigest() != sha256:
+    # Of what lies on the disk, where another process may have written, too; mapped: it may have gigabytes.
+    digest = hashlib.sha256(np.memmap(part, mode="r") if have else b"").hexdigest()
+    if sha256 and digest != sha256:
         part.unlink()
         # Of a part that was continued the damage may be old, and another attempt begins afresh.
         raise (ConnectionError if offset else UserError)(
@@ -1572,8 +1572,7 @@ def fetch(repo, *names):
 
 
 def fetch_weights(repo, part, stem):
-    """Folder with config.json and weights of one part ("" is the repository's root), see weight_names."""
-    part = f"{part}/".lstrip("/")
+    """Folder with config.json and weights of one part ("unet/"; "" is the root), see weight_names."""
     config = fetch(repo, f"{part}config.json")
     for file in shards(fetch(repo, *(part + name for name in weight_names(stem)))):
         fetch(repo, part + file.name)
@@ -1581,8 +1580,7 @@ def fetch_weights(repo, part, stem):
 
 
 def fetch_tokenizer(repo, part):
-    """Folder with the tokenizer of one part ("" is the repository's root): the files of either generation."""
-    part = f"{part}/".lstrip("/")
+    """Folder with the tokenizer of one part ("tokenizer/"; "": the root), of either generation."""
     first = fetch(repo, f"{part}vocab.json", f"{part}tokenizer.json")
     if first.name == "vocab.json":
         fetch(repo, f"{part}merges.txt")
@@ -1597,8 +1595,8 @@ def fetch_tokenizer(repo, part):
 def fetch_model(repo):
     """Folder with the files of a text-to-video repository (or alias) in diffusers layout; see fetch."""
     for part, stem in PARTS.items():
-        fetch_weights(repo, part, stem)
-    fetch_tokenizer(repo, "tokenizer")
+        fetch_weights(repo, f"{part}/", stem)
+    fetch_tokenizer(repo, "tokenizer/")
     return fetch(repo, "scheduler/scheduler_config.json").parent.parent
 
 
@@ -1849,11 +1847,10 @@ def contact_sheet(rows):
     strips = []
     for label, video in rows:
         chosen = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
-        strip = np.pad(np.hstack(framed(video[chosen], 192)), ((0, 6), (0, 0), (0, 0)), constant_values=255)
-        strips += [caption(label, strip.shape[1], 1), strip]
-    width = max(strip.shape[1] for strip in strips)
-    padded = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
-    return Image.fromarray(np.vstack(padded))
+        tiles = np.pad(framed(video[chosen], 192), ((0, 8 - len(chosen)), (0, 6), (0, 0), (0, 0)),
+                       constant_values=255)
+        strips += [caption(label, 8 * tiles.shape[2], 1), np.hstack(tiles)]
+    return Image.fromarray(np.vstack(strips))
 
 
 def loss_curve(losses):
@@ -1958,21 +1955,18 @@ def numbers(text):
     return tuple(map(int, text.split(",")))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors in this program's one-line form."""
-
-    def error(self, message):
-        """Replaces usage plus message by the one line."""
-        raise UserError(f"{message}; see --help")
-
-
 def parse_options(cls, argv, prog, about, by_model=MODEL_DEFAULTS):
     """Command line -> `cls`, a dataclass whose fields are `option`s; what was not given keeps its default.
 
     about: the text above the options in --help; by_model: the defaults that depend on the model.
     """
-    parser = Parser(prog, description=about, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    def refuse(message):
+        """In place of argparse's usage and message: this program's one line."""
+        raise UserError(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(prog, description=about, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     options = [f for f in dataclasses.fields(cls) if f.metadata]
     for f in sorted(options, key=lambda f: f.name not in cls.__annotations__):       # its own come first
         flag, default = f.metadata.get("flag", "--" + f.name.replace("_", "-")), f.default

@@ -300,7 +300,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(hub):
     index = json.dumps({"weight_map": {"a": "../../secret.safetensors"}}).encode()
     hub.small = {"unet/config.json": b"{}", "unet/diffusion_pytorch_model.safetensors.index.json": index}
     with pytest.raises(mini_mi.UserError, match="index.json cannot be used .*secret"):
-        mini_mi.fetch_weights(REPO, "unet", "diffusion_pytorch_model")
+        mini_mi.fetch_weights(REPO, "unet/", "diffusion_pytorch_model")
 
 
 def test_a_model_that_lacks_a_file_is_not_complete(hub):
