@@ -1234,7 +1234,8 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def built_from(path, problem="cannot be used"):
-    """Guards code that builds something from a file: whatever goes wrong is a UserError that names the file.
+    """Guards code that builds something from a file: what goes wrong is a UserError that names the file, but
+    for a lack of memory.
 
     A number where a list belongs or a missing field raises any error, anywhere: nothing inside checks for it.
     """
@@ -1244,6 +1245,8 @@ def built_from(path, problem="cannot be used"):
                 if file.read(40).startswith(b"version https://git-lfs.github.com/"):
                     raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
         yield
+    except MemoryError:                                                          # the file is not to blame
+        raise
     except UserError as error:
         if str(path) in str(error):
             raise                                               # a file in this folder is named already
@@ -1548,12 +1551,14 @@ def fetch(repo, *names):
     token = os.environ.get("HF_TOKEN", "")
     with contextlib.suppress(OSError, UnicodeDecodeError):                # what `hf auth login` stored
         token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8")
+    if not re.fullmatch("[!-~]*", token := token.strip()):
+        raise UserError("the hub's token has characters that no token has: check HF_TOKEN, or the token file")
     for name in names:
         target, url = folder / name, f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
         for wait in (0.5, 1, 2, 4, None):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if download(url, target, token.strip()):
+                if download(url, target, token):
                     return target
                 break
             except NETWORK_ERRORS as error:
@@ -1721,7 +1726,8 @@ def read_film(path, size, choose):
                f"format=rgba,crop={width}:{height}")
     decoder = []
     if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
-        decoder = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream["codec_name"]]]
+        decoders = {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}
+        decoder = decoders.get(stream["codec_name"], [])
     # Decoded from the key frame before the first wanted one on. In some containers (.ts) one seeks too far:
     # then from the first frame on, as where seeking would save little.
     start = times[stored[0]] + zero * unit - float(about["format"].get("start_time", 0))
@@ -1843,7 +1849,7 @@ def side_by_side(videos, labels):
 
 
 def contact_sheet(rows):
-    """PIL image with a row per (label, video (F,h,w,3) uint8): up to 8 frames, evenly from first to last."""
+    """PIL image with a row per (label, video (F,h,w,3) uint8), of one size: up to 8 frames, first to last."""
     strips = []
     for label, video in rows:
         chosen = np.linspace(0, len(video) - 1, min(8, len(video))).round().astype(int)
@@ -2110,7 +2116,7 @@ def set_aside(out, in_use):
             return kept
         older = next(out / f"previous-{n}" for n in range(1, 10**6) if not (out / f"previous-{n}").exists())
         older.mkdir()
-        for name in [*read_json(out / "run.json").get("files", []), "run.json"]:
+        for name in [*(read_json(out / "run.json").get("files") or []), "run.json"]:
             path = out / Path(str(name)).name             # a record cannot move files from elsewhere
             if path.resolve() in in_use:
                 kept.append(path.name)
@@ -2272,12 +2278,11 @@ def guarded(job):
     except UserError as error:
         message = one_line(error)
     except KeyboardInterrupt:
-        message = ("interrupted; a training is kept, but for its last few steps: run the same command again, "
-                   "and a training goes on from there")
+        message = "interrupted: run the same command again, and a training goes on where it was last saved"
     except (MemoryError, RuntimeError) as error:
-        # torch has a class for it, but not for what the CPU's allocator and CUDA's libraries say.
+        # torch has a class for it, but not for what allocators, drivers and CUDA's libraries say.
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "allocate memory" not in str(error) and "ALLOC_FAILED" not in str(error):
+        if not known and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         message = ("out of memory: take fewer --frames or a smaller --size, "
                    "and if it was in training, --checkpointing")

@@ -427,11 +427,19 @@ def test_unwritable_output(start, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+                                   RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")])
 def test_out_of_memory_is_one_line_with_advice(capsys, error):
     def job():
         raise error
     refused(capsys, mini_mi.guarded(job), ROOT / "nothing", {}, "--checkpointing")
+
+
+def test_a_file_is_not_to_blame_for_a_lack_of_memory(capsys):
+    def job():
+        with mini_mi.built_from("clip.mp4", "is damaged"):
+            raise MemoryError
+    refused(capsys, mini_mi.guarded(job), ROOT / "nothing", {}, "out of memory: take fewer --frames")
 
 
 def test_faults_of_the_program_are_not_hidden():

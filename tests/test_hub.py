@@ -187,6 +187,13 @@ def test_token_goes_to_the_hub_alone(hub, monkeypatch):
     assert tokens == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
 
 
+@pytest.mark.parametrize("token", ["hf_abc\ndef", "hf_caf\u00e9", "hf_\u2026"])
+def test_a_token_that_cannot_be_one_is_refused(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(mini_mi.UserError, match="token"):
+        mini_mi.fetch(REPO, "unet/config.json")
+
+
 def test_token_follows_a_redirect_within_the_hub(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.redirect = "/storage/{name}"
