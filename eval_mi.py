@@ -575,7 +575,7 @@ def checksum(motion):
     return hashlib.sha256(b"".join(v.cpu().float().numpy().tobytes() for _, v in tensors)).hexdigest()
 
 
-def read_motion(path):
+def read_kept_motion(path):
     """Embeddings that `Lab.train` kept, in eval mode."""
     motion = mini_mi.MotionEmbeddings.load(path)
     if motion.source.get("checksum") != checksum(motion):
@@ -648,7 +648,7 @@ def plan(s, clips):
     return work
 
 
-def share(lab, ranks):
+def deal(lab, ranks):
     """Deals the work to ranks: the longest first, each to the one with the least so far -> lists per rank."""
     hands = [[] for _ in range(ranks)]
     for group in sorted(lab.work, key=lab.passes, reverse=True) if ranks > 1 else lab.work:
@@ -658,7 +658,7 @@ def share(lab, ranks):
 
 def run_experiment(lab, ranks=1, rank=0):
     """Makes and judges every cell of this rank's share that is not there yet. Every step leaves a file."""
-    work = share(lab, ranks)[rank]
+    work = deal(lab, ranks)[rank]
     # One bar over forward passes of the UNet, since a training costs as much as dozens of samples.
     with tqdm(total=sum(lab.passes(group, missing=True) for group in work), disable=rank > 0, smoothing=0,
               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}") as bar:
@@ -690,11 +690,11 @@ class Lab:
         self.clips = read_clips(s, self.in_world)
         self.work = plan(s, self.clips)
         self.cells = [cell for group in self.work for batch in group for cell in batch]
-        self.sampling = s.sample_steps * (2 if s.guidance > 1 else 1)        # passes of the UNet for a sample
+        self.sample_passes = s.sample_steps * (2 if s.guidance > 1 else 1)      # of the UNet, for one sample
         self.training = {name: getattr(s, name)
                          for name in ("steps", "lr", "lr_schedule", "batch", "loss", "t_min")}
         parts = [self.model_folder / part for part in "unet vae text_encoder tokenizer scheduler".split()]
-        self.base = [CODE_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, self.device.type]
+        self.made_with = [CODE_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, self.device.type]
 
     @functools.cached_property
     def models(self):
@@ -707,7 +707,7 @@ class Lab:
         return load_clip(self.clip_name, self.device)
 
     @functools.cached_property
-    def judges(self):
+    def judged_by(self):
         """What scores depend on, beside the clip."""
         s, clip = self.settings, fingerprint(clip_folder(self.clip_name))
         return [CODE_VERSION, clip, self.in_world, s.tracker, s.grid, STILL]
@@ -720,11 +720,11 @@ class Lab:
 
     def noise_path(self, clip):
         """A clip's latents and inverted noise."""
-        return self.path("noise", clip.name, self.base, clip.digest, self.settings.invert_steps)
+        return self.path("noise", clip.name, self.made_with, clip.digest, self.settings.invert_steps)
 
     def motion_path(self, clip, training, train_seed):
         """A clip's trained embeddings."""
-        return self.path("motions", f"{clip.name}-{training}-r{train_seed}", self.base, clip.digest,
+        return self.path("motions", f"{clip.name}-{training}-r{train_seed}", self.made_with, clip.digest,
                          train_seed, {**self.training, **TRAININGS[training]}, suffix=".safetensors")
 
     def sample_path(self, cell):
@@ -733,13 +733,13 @@ class Lab:
         noise = [self.noise_path(cell.clip).name, s.noise_prior] if v.prior else None
         motion = v.training and [self.motion_path(cell.clip, v.training, cell.train_seed).name, v.use]
         how = [s.sample_steps, s.guidance, noise, motion] if v.sampled else None
-        return self.path("cells", f"{cell.clip.name}/{cell.name}", self.base, cell.clip.digest, cell.key,
+        return self.path("cells", f"{cell.clip.name}/{cell.name}", self.made_with, cell.clip.digest, cell.key,
                          cell.prompt, how)
 
     def score_path(self, cell):
         """What the judges said about it."""
-        return self.path("scores", f"{cell.clip.name}/{cell.name}", self.sample_path(cell).name, self.judges,
-                         cell.clip.digest)
+        return self.path("scores", f"{cell.clip.name}/{cell.name}", self.sample_path(cell).name,
+                         self.judged_by, cell.clip.digest)
 
     def is_finished(self, cell):
         """Nothing is to be done."""
@@ -754,7 +754,7 @@ class Lab:
             batches = [b for b in batches if not all(self.sample_path(cell).exists() for cell in b)]
         trains = batches and motion and not (missing and motion.exists())
         sampled = sum(cell.variant.sampled for batch in batches for cell in batch)
-        return self.sampling * sampled + (3 * s.steps * s.batch if trains else 0)     # a way back counts 2
+        return self.sample_passes * sampled + (3 * s.steps * s.batch if trains else 0)  # a way back counts 2
 
     # ---- steps
 
@@ -796,7 +796,7 @@ class Lab:
                              "checksum": checksum(motion), "cost": cost}
             return motion
 
-        motion = once(path, make, read_motion, mini_mi.MotionEmbeddings.save)
+        motion = once(path, make, read_kept_motion, mini_mi.MotionEmbeddings.save)
         state.unlink(missing_ok=True)
         return motion.to(self.device)
 
@@ -821,7 +821,7 @@ class Lab:
                            for prompts in ([cell.prompt for cell in cells], [""] * len(cells)))
             latents = mini_mi.sample(self.models, noise, text, empty, s.sample_steps, s.guidance, motion,
                                      progress=False)
-            progress(self.sampling * len(cells))
+            progress(self.sample_passes * len(cells))
         videos = [mini_mi.to_uint8(video) for video in mini_mi.decode_video(self.models, latents)]
         cost = {**cost, "sample_seconds": (time.perf_counter() - began) / len(cells)}
         return [{"about": {"cost": cost}, "frames": video} for video in videos]
@@ -855,7 +855,7 @@ class Lab:
 
     def reference(self, clip):
         """The reference clip through the same judges, once per clip -> what `measure` gives."""
-        path = self.path("references", clip.name, clip.digest, self.judges)
+        path = self.path("references", clip.name, clip.digest, self.judged_by)
         return once(path, lambda: self.measure(clip.frames))
 
     def judge(self, cell, sample):
@@ -1450,7 +1450,7 @@ def look_inside(lab):
     """
     clip, models = lab.clips[0], None if lab.settings.report else lab.models        # a report loads no UNet
     trained = lab.motion_path(clip, "full", 0)
-    motion = models and once(trained, read=read_motion)
+    motion = models and once(trained, read=read_kept_motion)
 
     def make():
         """Attention maps and norms of MV, from one pass of the UNet without MQK and one with it."""

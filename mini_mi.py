@@ -1894,6 +1894,8 @@ MODEL_DEFAULTS = {
                   loss="mse", t_min=0.0, sample_steps=30, guidance=12.0)}
 INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
 TRAINING = ("steps", "lr", "lr_schedule", "batch", "seed", "loss", "checkpointing")  # go to train_motion
+LEARNING = ("steps", "lr", "lr_schedule", "batch", "loss", "checkpointing",         # mean nothing to --motion
+            "debias_in_training", "mqk_dims", "mv_dims", "levels", "snapshots")
 
 
 def option(default, about, **extra):
@@ -2037,6 +2039,10 @@ def complete(config, source):
             if getattr(config, name) is None and isinstance(values.get(name), types[name]):
                 setattr(config, name, values[name])
 
+    given = [name for name in LEARNING if getattr(config, name) != getattr(Config, name)]
+    if config.motion and given:
+        raise UserError(f"--{given[0].replace('_', '-')} says how to learn, and --motion reuses what was "
+                        "learned: leave one of them out")
     clips = HERE / "data" / "clips"
     if config.motion and not config.video:      # the clip of the training, and read as it was read then
         fill({**source, "source_prompt": source.get("prompt")}, "video", "start", "duration", "source_prompt")
@@ -2128,16 +2134,16 @@ def set_aside(out, in_use):
     return kept
 
 
-def learn(config, models, latents, text, settings, place):
+def learn(config, models, latents, text, settings, new_file):
     """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
     options = {name: getattr(config, name) for name in TRAINING}
     # The state's name holds what determines the steps that were made, so no run continues another one's. The
     # number of steps is not in it, unless the learning rate follows it: an interrupted training can be
     # continued to another end. One number of each of its tensors tells a model from a retrained one.
-    same = {**options, **settings, "dtype": config.dtype, "checkpointing": None}
+    identity = {**options, **settings, "dtype": config.dtype, "checkpointing": None}
     if config.lr_schedule == "constant":
-        del same["steps"]
-    digest = hashlib.sha256(repr(sorted(same.items())).encode())
+        del identity["steps"]
+    digest = hashlib.sha256(repr(sorted(identity.items())).encode())
     for part in (torch.stack([p.flatten()[0] for p in models.unet.parameters()]), text, latents):
         digest.update(part.float().cpu().numpy().tobytes())
     state, folder = Path(config.out, f"training-{digest.hexdigest()[:12]}.pt"), local_folder(config.model)
@@ -2149,16 +2155,16 @@ def learn(config, models, latents, text, settings, place):
         """Saves a snapshot, as a motion file of its own."""
         if step in config.snapshots:
             motion.source = source
-            motion.save(place(f"motion-step{step}.safetensors"))
+            motion.save(new_file(f"motion-step{step}.safetensors"))
 
     motion = train_motion(models, latents, text, state=state, on_step=keep, **options, **settings)
     motion.source = source
-    motion.save(place("motion.safetensors"))
-    with atomic_write(place("loss.png")) as temporary:
+    motion.save(new_file("motion.safetensors"))
+    with atomic_write(new_file("loss.png")) as temporary:
         loss_curve(motion.losses.tolist()).save(temporary)
     for step in config.snapshots:           # a training that was continued may have made them before
         if (Path(config.out) / f"motion-step{step}.safetensors").exists():
-            place(f"motion-step{step}.safetensors")
+            new_file(f"motion-step{step}.safetensors")
         else:
             print(f"no snapshot of step {step}: the training had no such step, or went on from a later one")
     return motion, state
@@ -2195,7 +2201,7 @@ def run(config):
         began, before = time.perf_counter(), began
         seconds[name] = round(seconds.get(name, 0) + began - before, 2)
 
-    def place(name):
+    def new_file(name):
         """The path of a result, which run.json lists."""
         files.append(name)
         return out / name
@@ -2218,7 +2224,7 @@ def run(config):
     if config.motion:
         motion.to(models.device)
     else:
-        motion, state = learn(config, models, latents, source_text, settings, place)
+        motion, state = learn(config, models, latents, source_text, settings, new_file)
     used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
     motion.use_mv &= config.motion_type == "object"
     timed("train")
@@ -2243,12 +2249,12 @@ def run(config):
                 latent = sample(models, noise, text, negative, config.sample_steps, config.guidance, learned)
                 clips.append((title, to_uint8(decode_video(models, latent)[0])))
             timed("sample")
-            write_video(place(f"{name}.{config.format}"), clips[0][1], config.fps)
+            write_video(new_file(f"{name}.{config.format}"), clips[0][1], config.fps)
             labels, videos = zip(*shown, *clips)
-            write_video(place(f"{name}-compare.{config.format}"), side_by_side(videos, labels), config.fps)
+            write_video(new_file(f"{name}-compare.{config.format}"), side_by_side(videos, labels), config.fps)
             rows += clips
             timed("write")
-    with atomic_write(place("sheet.png")) as temporary:
+    with atomic_write(new_file("sheet.png")) as temporary:
         contact_sheet(rows).save(temporary)
     timed("write")
 

@@ -211,6 +211,15 @@ def test_reused_motion_acts_where_it_learned(start, tmp_path):
         assert status == 0 and json.loads((out / "run.json").read_text())["config"]["t_min"] == t_min
 
 
+@pytest.mark.parametrize("flags", [["--steps", 5], ["--lr-schedule", "constant"], ["--mqk-dims", 2],
+                                   ["--levels", "0"], ["--snapshots", "1"], ["--checkpointing"]])
+def test_how_to_learn_means_nothing_to_a_learned_motion(start, capsys, tmp_path, flags):
+    """And is refused: silence would let people believe that it was obeyed."""
+    mini_mi.MotionEmbeddings(UNET, 4, 4, 4).save(tmp_path / "m.safetensors")
+    status, _ = start("--motion", tmp_path / "m.safetensors", *flags, small=REUSE, shows=SHOWS[2:])
+    assert status == 2 and f"error: {flags[0]} says how to learn" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(start, capsys):
     """And says what would happen."""
     status, out = start("--dry-run")

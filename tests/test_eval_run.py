@@ -111,6 +111,36 @@ def test_a_run_counts_every_cell_once(finished):
     assert results["settings"]["steps"] == 2 and results["run"]["versions"]["torch"] == torch.__version__
 
 
+def test_the_judges_of_public_models(model, tmp_path, monkeypatch):
+    """Clips of one's own and another CLIP: features for the Frechet distance are Inception's, on every fourth
+    frame but on two at least; there are no attributes, and the floor is one half of the references from the
+    other. (Random weights: the published ones are compared in test_clip_inception.py.)
+    """
+    torch.manual_seed(0)
+    network, judge = eval_mi.InceptionV3().eval(), tmp_path / "clip"
+    monkeypatch.setattr(eval_mi.InceptionV3, "pretrained", lambda device: network)
+    shutil.copytree(model / "clip", judge)
+    listing = {}
+    for i in range(2):
+        entry = world.reference("test", i)
+        listing[entry["name"]] = {"caption": entry["caption"], "prompts": ["a photo of a cat"]}
+        frames = world.render(world.scene(entry["seed"], [entry["motion"]], entry["caption"]), 4, 64)
+        mini_mi.write_video(tmp_path / f"{entry['name']}.webp", frames, 10)
+    (tmp_path / "clips.json").write_text(json.dumps(listing))
+    out = tmp_path / "out"
+    assert eval_mi.main(arguments(model, out, "--clips", str(tmp_path), "--clip", str(judge), "--clip-count",
+                                  "2", "--seed-count", "1", "--variants", "full,base")) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["judges"]["frechet"] == "Inception" and results["judges"]["clip"] == str(judge)
+    assert results["finished"] == 2 * 2
+    assert all("attributes" not in row["metrics"] and row["frames"] == 2 * 2 for row in results["rows"])
+    features = [eval_mi.read_arrays(path)["fid_features"] for path in sorted((out / "references").iterdir())]
+    floor = eval_mi.frechet_distance(*features)
+    assert all(row["frechet_floor"] == pytest.approx(floor) for row in results["rows"])
+    kept = next((out / "scores").rglob("full-*.npz"))
+    assert eval_mi.read_arrays(kept)["fid_features"].shape == (2, 2048)
+
+
 def test_the_variants_do_what_they_say(finished, model):
     """Videos of paired cells start alike and differ where the variant says; reconstruct asks for the
     caption."""
@@ -381,13 +411,13 @@ def assert_same(a, b):
 
 def test_ranks_share_the_plan_evenly(model, tmp_path):
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, "--clip-count", "10")))
-    hands = eval_mi.share(lab, 3)
+    hands = eval_mi.deal(lab, 3)
     dealt = [cell for hand in hands for group in hand for batch in group for cell in batch]
     assert sorted(map(id, lab.cells)) == sorted(map(id, dealt))
     loads = [sum(map(lab.passes, hand)) for hand in hands]
     assert max(loads) < 1.2 * min(loads)
-    assert eval_mi.share(lab, 3) == hands
-    assert eval_mi.share(lab, 1)[0] == lab.work
+    assert eval_mi.deal(lab, 3) == hands
+    assert eval_mi.deal(lab, 1)[0] == lab.work
 
 
 def test_damaged_files_are_set_aside_reported_and_made_again(copy, model, capsys):
