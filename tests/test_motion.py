@@ -346,6 +346,18 @@ def test_the_authors_file_does_not_know_its_grid(unet, tmp_path):
         unet(x, t, text, again)
 
 
+def test_slots_in_a_file_of_the_first_edition(tmp_path):
+    """It marked what came from the authors, and named their 32 slots as the number of frames."""
+    key = "down_blocks.0.temp_attentions.0.transformer_blocks.0"
+    m = torch.arange(32.0).view(1, 32, 1).expand(1, 32, 8)
+    about = {"frames": 32, "fixed_slots": True, "grids": {key: [4, 4]}}
+    mini_mi.save_safetensors(tmp_path / "old.safetensors", {f"{key}.pos_embed": m.contiguous()},
+                             {"mini_mi": json.dumps(about)})
+    motion = mini_mi.MotionEmbeddings.load(tmp_path / "old.safetensors")
+    assert motion.frames is None
+    assert torch.equal(motion.for_attention(key, "attn1", 5, (4, 4))[0], m[:, :5])
+
+
 def test_files_that_are_no_motion_are_refused(unet, tmp_path):
     """NaN, other tensors, damaged settings, a motion of another model."""
     motion = make()

@@ -46,6 +46,13 @@ def test_the_way_from_plain_noise_to_the_bound():
     words = " ".join(README.split())
     assert (f"of the {left[0]:.3f} in Motion Fidelity" in words
             and f"{left[1]:.3f} is left without MQK and {left[2]:.3f} without MV" in words)
+    dropped = [fidelity[name] - fidelity["base"] for name in ("drop-mqk", "drop-mv")]
+    assert "dropped after training ({:.3f} and {:.3f})".format(*dropped) in words
+    tests = {comparison["name"]: comparison["metrics"] for comparison in RESULTS["comparisons"]}
+    gain, leak = tests["base"]["motion_fidelity"], tests["debias-none"]["text_similarity"]
+    assert f"(95 % interval {-gain['high']:.3f} to {-gain['low']:.3f}, exploratory)" in words
+    assert (f"Text Similarity falls by {-leak['mean']:.3f} ({-leak['high']:.3f} to {-leak['low']:.3f}, "
+            "exploratory)") in words
     of_full = {}
     for cell in RESULTS["cells"]:
         if cell["variant"] == "full":
