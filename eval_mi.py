@@ -16,7 +16,7 @@ through the autoencoder above.
 A run can be killed at any time and goes on where it stopped. It leaves, in --out:
 
     report.html  results.md  results.svg  results.json           the answers; the picture is fit for a README
-    motions/NAME-TRAINING-r0-DIGEST.safetensors               trained embeddings, also for mini_mi.py --motion
+    motions/NAME-TRAINING-r0-DIGEST.safetensors            embeddings, also for mini_mi.py --motion .. --video
     cells/NAME/VARIANT-p0-s1-DIGEST.npz                  a sampled clip: prompt 0 (or "own"), sampling seed 1
     scores/NAME/VARIANT-p0-s1-DIGEST.npz                         what the judges said about it
 
@@ -554,7 +554,8 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
         if path.exists():
             return read(path)
     except Exception as e:                                           # damaged files raise a dozen types
-        if isinstance(e.__cause__ or e, (MemoryError, PermissionError)):
+        cause = e.__cause__ or e
+        if isinstance(cause, PermissionError) or mini_mi.is_lack_of_memory(cause):
             raise
         aside = path.with_suffix(".damaged")
         with contextlib.suppress(FileNotFoundError):                 # another rank was first
@@ -762,6 +763,7 @@ class Lab:
         """clip -> latents (1,C,F,H,W), and the noise that leads to them (1,C,F,H,W)."""
         def make():
             """The reference as latents, and the noise that leads to them."""
+            # The mean of the autoencoder's answer, so that no draw sets the clips apart; mini_mi.py draws.
             latents = mini_mi.encode_video(self.models, mini_mi.to_model_range(clip.frames))
             noise = mini_mi.ddim_invert(self.models, latents, mini_mi.encode_prompt(self.models, [""]),
                                         self.settings.invert_steps, progress=False)
@@ -1598,8 +1600,8 @@ def run(s):
             missing = sum(not lab.is_finished(cell) for cell in lab.cells)
             if not s.report:
                 # What cannot work shows now and not after hours: schedules too short, judges not there.
-                for steps in (s.sample_steps, s.invert_steps):
-                    lab.models.scheduler.timesteps(steps)
+                lab.models.scheduler.timesteps(s.sample_steps, s.t_min)
+                lab.models.scheduler.timesteps(s.invert_steps)
                 lab.measure(lab.clips[0].frames)
         wait()
     if not s.report:
@@ -1721,7 +1723,9 @@ def load_clip(name, device="cpu"):
         top, left = (size[0] - s) // 2, (size[1] - s) // 2
         return (x[..., top:top + s, left:left + s].round().clamp(0, 255) / 255 - mean) / std
 
-    return model, mini_mi.CLIPTokenizer.from_pretrained(folder), preprocess
+    with mini_mi.built_from(folder):
+        tokenizer = mini_mi.CLIPTokenizer.from_pretrained(folder)
+    return model, tokenizer, preprocess
 
 
 # Inception's modules in order, and their branches; the names are those of the weight file. A branch is a

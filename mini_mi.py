@@ -72,7 +72,7 @@ class UserError(ValueError):
 #   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
 #
 #   Temporal attention reads features h of shape (B, H*W, F, C): one sequence of F frames per position. The
-#   motion of one clip is learned as two tensors per attention, added to what it reads:
+#   motion of one clip is learned as two tensors, added to what an attention reads:
 #
 #       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
 #
@@ -281,7 +281,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
         for step in bar:
             t = torch.randint(math.ceil(motion.t_min * T), T, (batch,), generator=generator)
             noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
-            # The anchor is drawn for every loss, so that all see the same steps and noise.
+            # Drawn for mse, too: it and debiased see the same steps and noise (hybrid's LoRA draws more).
             anchor = torch.randint(frames, (), generator=generator).item()
             x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
             if lr_schedule == "cosine":
@@ -347,10 +347,18 @@ class DDIMScheduler:
         abar = torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
         return abar.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
-    def timesteps(self, n):
-        """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step."""
-        if not 1 <= n <= self.T or (n - 1) * (self.T // n) + self.offset >= self.T:
+    def timesteps(self, n, t_min=0.0):
+        """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step.
+
+        UserError: they do not fit, or none of them is at t >= t_min * T, where the embeddings act.
+        """
+        # T//n rounds down: 600 steps of 1000 would start from pure noise, but as if it were that of t = 599.
+        fits = 1 <= n <= self.T and n * (self.T // n) >= 0.75 * self.T
+        if not fits or (first := (n - 1) * (self.T // n) + self.offset) >= self.T:
             raise UserError(f"{n} DDIM steps do not fit into {self.T} timesteps; take another number")
+        if first < t_min * self.T:
+            raise UserError(f"--t-min {t_min}: the first of {n} DDIM steps is {first} of {self.T}, so the "
+                            "embeddings would never act; lower it, or take more --sample-steps")
         return torch.arange(n).flip(0) * (self.T // n) + self.offset
 
     def add_noise(self, x0, noise, t):
@@ -1200,6 +1208,8 @@ def load_state(path, parts, generator, steps):
         generator.set_state(saved["generator"])
         return saved["losses"]
     except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
+        if is_lack_of_memory(error):
+            raise
         raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
                         "delete it to start over") from None
 
@@ -1209,6 +1219,13 @@ def load_state(path, parts, generator, steps):
 def one_line(error):
     """The first line of what the system or another library says, to end a message of ours with."""
     return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_lack_of_memory(error):
+    """torch has a class for it, but not for what allocators, drivers and CUDA's libraries say."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    words = "out of memory|allocate memory|ALLOC_FAILED"
+    return known or isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
 
 
 @contextlib.contextmanager
@@ -1245,13 +1262,13 @@ def built_from(path, problem="cannot be used"):
                 if file.read(40).startswith(b"version https://git-lfs.github.com/"):
                     raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
         yield
-    except MemoryError:                                                          # the file is not to blame
-        raise
     except UserError as error:
         if str(path) in str(error):
             raise                                               # a file in this folder is named already
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
+        if is_lack_of_memory(error):                                             # the file is not to blame
+            raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         if getattr(error, "strerror", None):                                 # the file system's own errors
             problem, reason = "cannot be read", error.strerror
@@ -2120,9 +2137,14 @@ def set_aside(out, in_use):
         tempfile.TemporaryFile(dir=out).close()
         if not (out / "run.json").is_file():
             return kept
+        try:
+            names = read_json(out / "run.json").get("files")
+        except UserError as error:
+            raise UserError(f"{out}/run.json is no record of a run: move it away, or choose another "
+                            "place") from error
         older = next(out / f"previous-{n}" for n in range(1, 10**6) if not (out / f"previous-{n}").exists())
         older.mkdir()
-        for name in [*(read_json(out / "run.json").get("files") or []), "run.json"]:
+        for name in [*(names if isinstance(names, list) else []), "run.json"]:
             path = out / Path(str(name)).name             # a record cannot move files from elsewhere
             if path.resolve() in in_use:
                 kept.append(path.name)
@@ -2208,10 +2230,13 @@ def run(config):
 
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
     motion.check_fits(models.unet)
-    # More steps than the schedule has? Now, not after the training.
-    for steps in (config.sample_steps, INVERT_STEPS)[:1 + (config.noise_prior > 0)]:
-        models.scheduler.timesteps(steps)
-    files += set_aside(out, {Path(path).resolve() for path in (config.motion, config.video) if path})
+    # Steps that do not fit the schedule? Now, not after the training.
+    models.scheduler.timesteps(config.sample_steps, motion.t_min)
+    if config.noise_prior > 0:
+        models.scheduler.timesteps(INVERT_STEPS)
+    # The snapshots beside a motion file that is reused stay, too: the next command may name one of them.
+    reused = [config.motion, *Path(config.motion).parent.glob("motion*.safetensors")] if config.motion else []
+    files += set_aside(out, {Path(path).resolve() for path in (config.video, *reused) if path})
     timed("load")
 
     # All randomness comes from seeds, so equal settings repeat the same frames.
@@ -2286,9 +2311,7 @@ def guarded(job):
     except KeyboardInterrupt:
         message = "interrupted: run the same command again, and a training goes on where it was last saved"
     except (MemoryError, RuntimeError) as error:
-        # torch has a class for it, but not for what allocators, drivers and CUDA's libraries say.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if not is_lack_of_memory(error):
             raise
         message = ("out of memory: take fewer --frames or a smaller --size, "
                    "and if it was in training, --checkpointing")

@@ -444,11 +444,20 @@ def test_out_of_memory_is_one_line_with_advice(capsys, error):
     refused(capsys, mini_mi.guarded(job), ROOT / "nothing", {}, "--checkpointing")
 
 
-def test_a_file_is_not_to_blame_for_a_lack_of_memory(capsys):
-    def job():
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_is_not_to_blame_for_a_lack_of_memory(capsys, monkeypatch, tmp_path, error):
+    """Neither one that is read, nor the state of a training, which is not worth deleting then."""
+    def fails(*_, **__):
+        raise error
+
+    def build():
         with mini_mi.built_from("clip.mp4", "is damaged"):
-            raise MemoryError
-    refused(capsys, mini_mi.guarded(job), ROOT / "nothing", {}, "out of memory: take fewer --frames")
+            fails()
+    refused(capsys, mini_mi.guarded(build), ROOT / "nothing", {}, "out of memory: take fewer --frames")
+    monkeypatch.setattr(torch, "load", fails)
+    status = mini_mi.guarded(lambda: mini_mi.load_state(tmp_path / "training.pt", {}, None, 1))
+    refused(capsys, status, ROOT / "nothing", {}, "out of memory: take fewer --frames")
 
 
 def test_faults_of_the_program_are_not_hidden():
@@ -478,6 +487,40 @@ def test_a_rerun_sets_the_older_results_aside(start, capsys):
     trained = motion.read_bytes()
     status, _ = start("--seed", 5, shows=[*SHOWS[:2], "--prompt", "a cat"])
     assert status == 0 and (out / "previous-3" / "motion.safetensors").read_bytes() == trained
+
+
+def test_to_reuse_one_snapshot_leaves_the_others_in_place(start):
+    """So that one command after another can try them; the next training sets them all aside."""
+    _, out = start("--snapshots", "1,2")
+    motions = {name: data for name, data in contents(out).items() if name.startswith("motion")}
+    for name in motions:
+        assert start("--motion", out / name, small=REUSE, shows=SHOWS[2:])[0] == 0
+        assert motions.items() <= contents(out).items()
+    assert start()[0] == 0 and motions.items() <= contents(out / "previous-4").items()
+    assert not (out / "motion-step1.safetensors").exists()
+
+
+def test_embeddings_that_would_never_act_are_refused(start, capsys, tmp_path):
+    """2 steps are those at 1 and 501, or at 0 and 500, of 1000: before anything is trained."""
+    status, out = start("--t-min", 0.6)
+    refused(capsys, status, out, {}, "--t-min 0.6.*--sample-steps")
+
+
+@pytest.mark.parametrize("record", [dict(files=7), dict(files=dict(a=1)), dict(files=None), {}])
+def test_a_run_json_of_another_program_is_only_set_aside(start, tmp_path, record):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    assert start("--dry-run")[0] == 0 and not (tmp_path / "out" / "previous-1").exists()
+    mini_mi.set_aside(tmp_path / "out", set())
+    assert json.loads((tmp_path / "out" / "previous-1" / "run.json").read_text()) == record
+
+
+def test_an_earlier_record_that_is_none_is_refused(start, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("[1, 2]")
+    before = contents(tmp_path / "out")
+    status, out = start()
+    refused(capsys, status, out, before, "run.json is no record of a run")
 
 
 def test_an_earlier_record_cannot_move_files_from_elsewhere(start, tmp_path):

@@ -452,6 +452,31 @@ def test_damaged_frames_and_training_states_are_no_end(copy, model, capsys):
     assert capsys.readouterr().err.count("is damaged") == 2
 
 
+def test_a_lack_of_memory_damages_no_file(copy):
+    """What cannot be read for that reason alone stays where it is."""
+    def fails(path):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    (copy / "kept.npz").write_bytes(b"whole")
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        eval_mi.once(copy / "kept.npz", read=fails)
+    assert (copy / "kept.npz").read_bytes() == b"whole"
+
+
+def test_embeddings_that_would_never_act_are_refused(model, tmp_path, capsys):
+    assert eval_mi.main(arguments(model, tmp_path, "--sample-steps", "2", "--t-min", "0.6")) == 2
+    assert "--t-min 0.6" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_judge_without_a_usable_tokenizer_is_one_line(model, tmp_path, capsys):
+    """As it happens with a folder that was copied in part."""
+    clip = shutil.copytree(model / "clip", tmp_path / "clip")
+    (clip / "vocab.json").unlink()
+    (clip / "tokenizer.json").write_text('{"model": {}}')
+    assert eval_mi.main(arguments(model, tmp_path / "out", "--clip", str(clip))) == 2
+    said = capsys.readouterr().err
+    assert f"error: {clip}" in said and "Traceback" not in said
+
+
 def test_a_changed_setting_makes_new_cells_and_keeps_the_old(copy, model):
     old = files(copy)
     assert eval_mi.main(arguments(model, copy, "--guidance", "3", "--variants", "no-mqk,vae")) == 0

@@ -255,9 +255,10 @@ def test_steps_that_leave_the_schedule_are_refused():
     """offset 1 and 1000 steps ask for timestep 1000 of 0 to 999."""
     scheduler = mini_mi.DDIMScheduler(SCHEDULER)
     assert scheduler.timesteps(999)[0] == 999
-    for n in (1000, 1001, 0, -3):
+    for n in (1000, 1001, 0, -3, 501, 600, 334):         # of the last three the first would be 501 to 667
         with pytest.raises(mini_mi.UserError):
             scheduler.timesteps(n)
+    assert [scheduler.timesteps(n)[0] for n in (250, 333, 400, 500, 750)] == [997, 997, 799, 999, 750]
     scheduler = mini_mi.DDIMScheduler(dict(SCHEDULER, steps_offset=0))
     assert scheduler.timesteps(1000).tolist() == list(range(999, -1, -1))
 
