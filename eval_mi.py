@@ -1050,7 +1050,10 @@ def sentence(comparison):
         if not math.isfinite(test["low"]):
             parts.append(f"{title} {verb} by {size}, but one clip says nothing about chance")
         elif p < 0.05:
-            parts.append(f"{title} {verb} by {said}")
+            # Decided by the test: a clip far out, on the side of the others, widens the interval alone.
+            apart = ("" if test["low"] * test["high"] > 0 else
+                     ": the test by sign flips finds it, the t interval, which single clips widen, holds 0")
+            parts.append(f"{title} {verb} by {said}{apart}")
         elif test["low"] * test["high"] > 0:
             parts.append(f"{title} {verb} by {said}: a hint, not a finding")
         else:

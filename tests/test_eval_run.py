@@ -678,8 +678,10 @@ def test_sentences_say_what_the_numbers_say():
     text = said(test(-0.2, 0.1, 0.004, p_holm=0.016), test(0.01, 0.02, 0.4, p_holm=0.8))
     assert "Motion Fidelity fell by 0.200 (95 % interval -0.300 to -0.100; p = 0.016, after Holm)" in text
     assert "No change of Text Similarity was detected" in text and "0.050 would have shown" in text
+    assert "holds 0" not in text
     # The test decides and not the interval: eleven clips a little up and one far up.
-    assert "fell by 0.200" in said(test(-0.2, 0.3, 0.001, p_holm=0.002), test(0, 0.1, 1))
+    text = said(test(-0.2, 0.3, 0.001, p_holm=0.002), test(0, 0.1, 1))
+    assert "fell by 0.200" in text and "the t interval, which single clips widen, holds 0" in text
     assert "so few clips" in eval_mi.sentence({
         "name": "no-mv", "against": "full", "clips": 6,
         "metrics": dict.fromkeys(eval_mi.PRIMARY, test(0.1, 0.2, 0.03, p_holm=0.12))})
