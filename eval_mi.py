@@ -1531,6 +1531,7 @@ def write_report(lab, run):
 DEFAULTS = {"tiny": {**mini_mi.MODEL_DEFAULTS["tiny"], "sample_steps": 15, "invert_steps": 25},
             "other": {**mini_mi.MODEL_DEFAULTS["other"], "invert_steps": mini_mi.INVERT_STEPS}}
 COUNT = 1, 1e6
+AFTERWARDS = "out", "report", "ballot", "ballot_variants", "votes"        # settings that no cell depends on
 
 
 @dataclasses.dataclass
@@ -1542,7 +1543,8 @@ class Settings(mini_mi.SharedConfig):
                               "for the embedded model, else data/clips, of 16 frames)")
     split: str = option("test", "which clips of the embedded world", choices=("test", "validation"))
     out: str = option("out/eval", "folder for the cells and the report; a second run goes on there")
-    variants: str = option(",".join(DEFAULT_VARIANTS), f"what to compare with full: {', '.join(VARIANTS)}")
+    variants: str = option(",".join(DEFAULT_VARIANTS),
+                           f"what to compare, most with full: {', '.join(VARIANTS)}")
     clip_count: int = option(12, "clips; the embedded world has any number", within=COUNT)
     prompt_count: int = option(2, "target prompts per clip", within=COUNT)
     seed_count: int = option(2, "sampling seeds per prompt", within=COUNT)
@@ -1578,9 +1580,13 @@ def parse(argv=None):
         names = list(dict.fromkeys(first + getattr(s, name).replace(",", " ").split()))
         if unknown := [n for n in names if n not in VARIANTS]:
             raise UserError(f"--{name.replace('_', '-')}: {unknown[0]} is none of {', '.join(VARIANTS)}")
+        if first:                                                # and what some of them are held against
+            names = list(dict.fromkeys(names + [VARIANTS[n].against for n in names]))
         setattr(s, name, names)
     if any(VARIANTS[n].own_prompt for n in s.ballot_variants) or len(s.ballot_variants) < 2:
         raise UserError("--ballot-variants takes two or more variants that show the target prompts")
+    if s.ballot and s.votes:
+        raise UserError("--ballot writes a page and --votes counts what came back: one after the other")
     s.report |= s.ballot or bool(s.votes)                              # both need no more than finished cells
     if s.quick:
         s.clip_count, s.prompt_count, s.seed_count = min(3, s.clip_count), 1, 1
@@ -1623,8 +1629,11 @@ def run(s):
                  "computed": 0 if s.report else missing, "minutes": (time.perf_counter() - began) / 60,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "numpy": np.__version__, "scipy": scipy.__version__}}
-        if s.report and (lab.out / "results.json").exists():           # rebuilt: of that run still
-            about = mini_mi.read_json(lab.out / "results.json").get("run", about)
+        if s.report and (lab.out / "results.json").exists():           # rebuilt: of that run, if of its grid
+            older = mini_mi.read_json(lab.out / "results.json")
+            grid = {key: value for key, value in dataclasses.asdict(s).items() if key not in AFTERWARDS}
+            if grid.items() <= older.get("settings", {}).items():
+                about = older.get("run", about)
         write_report(lab, about)
     if ranks > 1:
         torch.distributed.destroy_process_group()

@@ -201,15 +201,6 @@ class MotionEmbeddings(nn.Module):
             m_v = m_v.to(dtype)
         return m_qk, m_v
 
-    def check_fits(self, unet):
-        """UserError if these embeddings belong to another UNet."""
-        widths = {block: width for sites in unet.motion_sites.values() for block, width in sites.items()}
-        for key, value in self._parameters.items():
-            have, wanted = value.shape[-1], widths.get(block_of(key), "no place")
-            if have != wanted:
-                raise UserError("these motion embeddings do not fit the model, use the one they were made "
-                                f"with: {block_of(key)} has width {have} in the file, {wanted} in the model")
-
     def save(self, path):
         """Writes safetensors; settings, grids and source are its metadata."""
         about = {name: getattr(self, name) for name in ("frames", "grids", "source", *self.SETTINGS)}
@@ -577,7 +568,7 @@ class UNet3DConditionModel(nn.Module):
 
     def forward(self, x, t, text, motion=None):
         if motion is not None:
-            motion.check_fits(self)
+            check_fits(motion, self)
         batch, _, frames, _, _ = x.shape
         emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
 
@@ -1151,6 +1142,19 @@ def block_of(key):
     return found[1]
 
 
+def check_fits(motion, unet, frames=None, grid=None):
+    """UserError if embeddings are of another UNet, or cannot be brought to F and latents (H, W), if given."""
+    widths = {block: width for sites in unet.motion_sites.values() for block, width in sites.items()}
+    for key, value in motion.named_parameters():
+        have, wanted = value.shape[-1], widths.get(block_of(key), "no place")
+        if have != wanted:
+            raise UserError("these motion embeddings do not fit the model, use the one they were made "
+                            f"with: {block_of(key)} has width {have} in the file, {wanted} in the model")
+    for level, sites in unet.motion_sites.items() if grid else ():
+        for block in sites.keys() & motion.grids.keys():
+            motion.for_attention(block, "attn1", frames, tuple(-(-side // 2 ** level) for side in grid))
+
+
 def read_motion(path):
     """A motion file -> MotionEmbeddings in eval mode: safetensors by `save`, or the authors' motion_embed.pt.
 
@@ -1696,6 +1700,9 @@ def read_folder(path, size, choose):
         raise UserError(f"it mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
     pictures = sorted(names.values(), key=lambda picture: [
         int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", picture.name)])
+    if not pictures:
+        raise UserError("no picture lies directly in it that can be read: "
+                        + ", ".join(sorted(IMAGE_SUFFIXES)))
     chosen = choose(np.arange(len(pictures) + 1.0))
     return [read_animation(pictures[n], size, lambda times: [0])[0] for n in chosen]      # each of one frame
 
@@ -1784,6 +1791,9 @@ def read_video(path, frames, size, start=0.0, duration=None):
         if stored < frames:
             raise UserError(f"it has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
                             "take a longer clip, a longer part of it or fewer frames")
+        if reader is not read_folder and stop - start > frames / 2:     # half a second from one to the next
+            print(f"note: {frames} frames of {stop - start:.1f} seconds show jumps rather than motion: "
+                  "choose a part with --start and --duration")
         return shown
 
     path, reader = Path(path), read_folder
@@ -2069,6 +2079,9 @@ def complete(config, source):
             raise UserError("this motion file does not say which clip it was trained on: "
                             "give --video, or --noise-prior 0")
     elif not config.video:
+        if config.model and model_defaults(config.model) is not MODEL_DEFAULTS["tiny"]:
+            raise UserError("say which clip to take the motion from, --video FILE: the clips that come with "
+                            "this program are for its own small model")
         config.video = str(clips / f"{DEFAULT_CLIP}.webp")
     fill(source, "model", "frames", "size")
     fill(dict(model="tiny", start=0.0))
@@ -2085,6 +2098,11 @@ def complete(config, source):
         raise UserError('say what the reference shows, --source-prompt "...": what the text explains, '
                         "the motion embeddings need not learn")
     check_ranges(config)
+    if late := [step for step in config.snapshots if not 1 <= step <= config.steps]:
+        raise UserError(f"--snapshots {late[0]}: the training has steps 1 to {config.steps}")
+    if config.negative_prompt and config.guidance <= 1:
+        raise UserError(f"--negative-prompt does nothing at --guidance {config.guidance}: "
+                        "it takes more than 1")
     if config.format == "gif" and config.fps > 50:
         raise UserError(f"--fps {config.fps}: a GIF shows at most 50 frames a second; take mp4 or webp")
     if config.format == "mp4":
@@ -2113,7 +2131,9 @@ def describe(config, motion):
         f"train {config.steps} steps of {config.batch}, lr {config.lr} {config.lr_schedule}, "
         f"loss {config.loss}")
     parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
-    count = sum(p.numel() for p in motion.parameters())
+    count = sum(p.numel() for key, p in motion.named_parameters()
+                if (motion.use_mqk if key.endswith("pos_embed") else motion.use_mv))
+    own = not config.video or Path(config.video).resolve().parent == HERE / "data" / "clips"
     return "\n".join([
         f"model      {config.model} on {config.device}, {config.dtype}",
         f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
@@ -2122,13 +2142,16 @@ def describe(config, motion):
         f"motion type {config.motion_type}, used at t >= {motion.t_min} T",
         f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
         f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
-        *(f"prompt     {prompt}" for prompt in config.prompts)])
+        *(f"prompt     {prompt}" for prompt in config.prompts),
+        *["note       the small model knows nothing but four shapes on three patterns: for other clips and "
+          "prompts take --model zeroscope"] * (config.model == "tiny" and not own)])
 
 
 def set_aside(out, in_use):
     """Moves what an earlier run.json lists to out/previous-1, -2, ...: old results do not pass for new ones.
 
-    in_use: paths that stay where they are. Returns the names of those: they are the next run's to list.
+    in_use: paths that stay where they are. Returns the names of those: they are the next run's to list, and
+    a new run.json does so at once, lest after an interruption nobody knows whose they are.
     UserError: `out` is no place to write to.
     """
     kept = []
@@ -2150,6 +2173,8 @@ def set_aside(out, in_use):
                 kept.append(path.name)
             elif path.is_file():
                 os.replace(path, older / path.name)
+        if kept:
+            (out / "run.json").write_text(json.dumps(dict(files=kept)))
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
     print(f"the earlier results in {out} are in {older} now")
@@ -2188,7 +2213,7 @@ def learn(config, models, latents, text, settings, new_file):
         if (Path(config.out) / f"motion-step{step}.safetensors").exists():
             new_file(f"motion-step{step}.safetensors")
         else:
-            print(f"no snapshot of step {step}: the training had no such step, or went on from a later one")
+            print(f"no snapshot of step {step}: the training went on from a later one")
     return motion, state
 
 
@@ -2200,15 +2225,17 @@ def run(config):
     complete(config, motion.source if motion else {})
     (pixels, grid), out, seconds, files = sizes(config), Path(config.out), {}, []
     began = time.perf_counter()
+    with built_from(f"{config.model}: unet/config.json"), torch.device("meta"):       # takes no memory yet
+        unet = UNet3DConditionModel(model_config(config.model, "unet"))
     if motion:
         motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
         motion.debias = config.debias or motion.debias                     # flags win over the file
         motion.t_min = config.t_min
+        check_fits(motion, unet, config.frames, grid)
     else:        # these say what will be trained, and refuse what does not fit; train_motion makes its own
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         settings.update(levels=config.levels or None, debias=config.debias or "diff")
-        with built_from(f"{config.model}: unet/config.json"):
-            motion = MotionEmbeddings(model_config(config.model, "unet"), config.frames, *grid, **settings)
+        motion = MotionEmbeddings(unet.config, config.frames, *grid, **settings)
     if not (motion.use_mqk or motion.use_mv and config.motion_type == "object"):
         raise UserError("these flags leave nothing of the motion to use: drop --no-mqk, --no-mv or camera")
     if config.video:
@@ -2229,7 +2256,6 @@ def run(config):
         return out / name
 
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
-    motion.check_fits(models.unet)
     # Steps that do not fit the schedule? Now, not after the training.
     models.scheduler.timesteps(config.sample_steps, motion.t_min)
     if config.noise_prior > 0:

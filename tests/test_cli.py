@@ -211,6 +211,49 @@ def test_reused_motion_acts_where_it_learned(start, tmp_path):
         assert status == 0 and json.loads((out / "run.json").read_text())["config"]["t_min"] == t_min
 
 
+@pytest.mark.parametrize("flags, match", [
+    (["--size", "64x32"], "made for 16 positions .* this size has 4x8"),
+    (["--frames", 33], "32 frames, not for 33")])
+def test_a_size_that_a_file_of_the_authors_does_not_have_shows_at_once(start, capsys, tmp_path, flags, match):
+    """And not after loading and inverting."""
+    motion = mini_mi.MotionEmbeddings(UNET, 32, 4, 4)
+    torch.save(motion.state_dict(), tmp_path / "motion_embed.pt")
+    reuse = [*SMALL[:4], *SMALL[6:], "--dry-run"]
+    assert start("--motion", tmp_path / "motion_embed.pt", small=reuse, shows=SHOWS[2:])[0] == 0
+    capsys.readouterr()
+    status, out = start("--motion", tmp_path / "motion_embed.pt", *flags, small=reuse, shows=SHOWS[2:])
+    refused(capsys, status, out, {}, match)
+
+
+def test_no_clip_of_the_small_model_for_another_one(start, capsys, monkeypatch):
+    """A public model with only a prompt: which clip?"""
+    monkeypatch.setitem(mini_mi.MODEL_DEFAULTS, "tiny", dict(mini_mi.MODEL_DEFAULTS["tiny"]))
+    monkeypatch.setattr(mini_mi, "model_defaults", lambda model: mini_mi.MODEL_DEFAULTS["other"])
+    status, out = start(video=None, shows=SHOWS[2:])
+    refused(capsys, status, out, {}, "--video FILE")
+
+
+def test_the_small_model_says_what_it_knows(start, clip, capsys):
+    """Where it is asked for something else than its own clips."""
+    dry = ["--dry-run"]
+    assert start(model="tiny", small=dry, video=ROOT / "data" / "clips" / "loop.webp", shows=[])[0] == 0
+    assert "note" not in capsys.readouterr().out
+    assert start(model="tiny", small=[*dry, "--frames", "4"])[0] == 0
+    assert "--model zeroscope" in capsys.readouterr().out
+
+
+def test_parts_that_are_left_out_are_not_counted(start, tmp_path, capsys):
+    """As those of a file that holds both."""
+    motion = mini_mi.MotionEmbeddings(UNET, 4, 4, 4)
+    motion.save(tmp_path / "m.safetensors")
+    mqk = sum(p.numel() for key, p in motion.named_parameters() if key.endswith("pos_embed"))
+    whole = sum(p.numel() for p in motion.parameters())
+    for flags, count in (([], whole), (["--no-mv"], mqk), (["--no-mqk"], whole - mqk)):
+        status, _ = start("--motion", tmp_path / "m.safetensors", "--dry-run", *flags, small=REUSE,
+                          shows=SHOWS[2:])
+        assert status == 0 and f" {count:,} embedding parameters" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [["--steps", 5], ["--lr-schedule", "constant"], ["--mqk-dims", 2],
                                    ["--levels", "0"], ["--snapshots", "1"], ["--checkpointing"]])
 def test_how_to_learn_means_nothing_to_a_learned_motion(start, capsys, tmp_path, flags):
@@ -302,7 +345,7 @@ def make_bad_video(kind, path, clip):
     ("x.mp4", "text", "no video|ffmpeg"),
     ("x.bin", "text", "no video|ffmpeg"), ("x.gif", "bomb", "decompression bomb"), ("x.gif", "pixel", "1, 1"),
     ("x.gif", "short", "has 3 frames, but 4"), ("x", "mixed", "mixes frames"),
-    ("x", "nothing", "has 0 frames")])
+    ("x", "nothing", "no picture lies directly in it")])
 def test_bad_videos(bad, tmp_path, clip, name, kind, match):
     """Nothing that is no clip gets as far as training."""
     bad(match, video=make_bad_video(kind, tmp_path / name, clip))
@@ -324,6 +367,9 @@ def test_bad_videos(bad, tmp_path, clip, name, kind, match):
     ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 0]),
     ("steps", ["--sample-steps", 1000]),
     ("--device gpu fails", ["--device", "gpu"]), ("--device cuda:99", ["--device", "cuda:99"]),
+    ("--snapshots 3: .* 1 to 2", ["--snapshots", "1,3"]),
+    ("--negative-prompt", ["--negative-prompt", "x", "--guidance", 1]),
+    ("^error: neither MQK", ["--no-mqk", "--no-mv"]), ("^error: levels", ["--levels", "7"]),
     ("--device meta", ["--device", "meta"]), ("--dtype", ["--dtype", "float8"])])
 def test_bad_flags(bad, match, arguments):
     """Wrong values, contradictions, and flags that do not exist."""
@@ -500,6 +546,20 @@ def test_to_reuse_one_snapshot_leaves_the_others_in_place(start):
     assert not (out / "motion-step1.safetensors").exists()
 
 
+def test_motion_that_was_reused_is_not_lost_after_an_interruption(start, monkeypatch):
+    """Such a run leaves no record of its own; the next training sets the file aside nevertheless."""
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    _, out = start()
+    motion = (out / "motion.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(mini_mi, "sample", stop)
+        assert start("--motion", out / "motion.safetensors", small=REUSE, shows=SHOWS[2:])[0] == 2
+    assert start("--seed", 3)[0] == 0
+    assert (out / "previous-2" / "motion.safetensors").read_bytes() == motion
+    assert (out / "motion.safetensors").read_bytes() != motion
+
+
 def test_embeddings_that_would_never_act_are_refused(start, capsys, tmp_path):
     """2 steps are those at 1 and 501, or at 0 and 500, of 1000: before anything is trained."""
     status, out = start("--t-min", 0.6)
@@ -647,7 +707,7 @@ def test_a_continued_training_says_nothing_of_snapshots_that_it_has(start, capsy
 def test_interrupted_training_goes_on_where_it_was(start, clip, tiny_random, tmp_path):
     """SIGINT keeps the state and says how to go on; the same command then ends as if nothing had happened."""
     # At a constant rate a training can be continued to another number of steps.
-    small = ["--frames", "2", "--size", "16x16", "--sample-steps", "1", "--device", "cpu",
+    small = ["--frames", "2", "--size", "16x16", "--sample-steps", "2", "--device", "cpu",
              "--lr-schedule", "constant"]
     command = [sys.executable, str(ROOT / "mini_mi.py"), "--model", str(tiny_random), "--video", str(clip),
                *small, *SHOWS, "--noise-prior", "0", "--out", str(tmp_path / "out"), "--steps", "100000"]

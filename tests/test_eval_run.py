@@ -209,6 +209,26 @@ def test_a_fingerprint_is_cheap_and_sees_other_weights(tmp_path):
     assert eval_mi.fingerprint(big.parent) not in (first, second)
 
 
+def test_a_report_of_a_part_is_not_signed_by_the_whole_run(copy, model):
+    """Of the same grid it is."""
+    run = json.loads((copy / "results.json").read_text())["run"]
+    assert eval_mi.main(arguments(model, copy, "--report")) == 0
+    assert json.loads((copy / "results.json").read_text())["run"] == run
+    assert eval_mi.main(arguments(model, copy, "--report", "--variants", "no-mv")) == 0
+    part = json.loads((copy / "results.json").read_text())["run"]
+    assert part["computed"] == 0 != run["computed"] and part["minutes"] != run["minutes"]
+
+
+def test_a_variant_brings_what_it_is_held_against():
+    names = eval_mi.parse(["--variants", "no-mqk-plain,no-mv"]).variants
+    assert names == ["full", "no-mqk-plain", "no-mv", "no-inversion"]
+
+
+def test_a_ballot_is_not_written_and_counted_at_once(tmp_path):
+    with pytest.raises(mini_mi.UserError, match="--ballot .* --votes"):
+        eval_mi.parse(["--ballot", "--votes", str(tmp_path)])
+
+
 def test_a_report_while_variants_have_no_sample_in_common(copy, model):
     """As after a killed run on several ranks: `full` has one clip, `no-mqk` the others."""
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))

@@ -482,8 +482,24 @@ def test_decompression_bomb_is_refused(tmp_path, side):
     refused("decompression bomb", tmp_path, 1, (16, 16))  # as one image of a folder
 
 
+def test_a_long_clip_is_not_spread_in_silence(tmp_path, capsys):
+    """40 seconds for 8 frames: told, and read nevertheless; 3.9 seconds for 8 are in order."""
+    frames = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in range(40)]
+    for seconds, told in ((1.0, True), (0.1, False)):
+        frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True,
+                       duration=round(1000 * seconds))
+        assert len(mini_mi.read_video(tmp_path / "x.webp", 8, (16, 16))) == 8
+        assert ("8 frames of 40.0 seconds" in capsys.readouterr().out) is told
+    mini_mi.read_video(tmp_path / "x.webp", 8, (16, 16), 0, 3.9)
+    for n, frame in enumerate(frames):
+        (tmp_path / "f").mkdir(exist_ok=True)
+        frame.save(tmp_path / "f" / f"{n}.png")
+    assert len(mini_mi.read_video(tmp_path / "f", 8, (16, 16))) == 8             # pictures have no times
+    assert not capsys.readouterr().out
+
+
 def test_folders_that_cannot_be_clips(tmp_path):
-    refused("has 0 frames", tmp_path, 2, (16, 16))
+    refused("no picture lies directly in it that can be read: .*.png", tmp_path, 2, (16, 16))
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
     Image.new("RGB", (32, 24)).save(tmp_path / "2.png")
     refused("mixes frames", tmp_path, 2, (16, 16))
