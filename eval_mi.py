@@ -7,7 +7,7 @@ without it (no-mqk, no-mv) and dropped after training (drop-mqk, drop-mv), and c
 on the same clips, prompts and start noise, between two bounds: no embeddings at all below, the reference
 through the autoencoder above.
 
-    python eval_mi.py                  the default grid on the embedded model, about half an hour on 2 CPU cores
+    python eval_mi.py                  the default grid on the embedded model, half an hour on 2 CPU cores
     python eval_mi.py --quick          a small grid, up to 10 minutes
     python eval_mi.py --report         the report again, from the cells that are finished
     python eval_mi.py --ballot         ballot.html, a page on which people vote; --votes FILES counts them
