@@ -234,8 +234,8 @@ def test_check_runs_from_end_to_end(monkeypatch, capsys):
     """The five targets, each with asked and reached, on few clips and steps."""
     for name, value in dict(PROMPTS=3, REAL=6, HELD=2, CLIPS=3, BATCH=2).items():
         monkeypatch.setattr(check_tiny, name, value)
-    for name in ("steps", "sample_steps"):
-        monkeypatch.setitem(check_tiny.SETTINGS, name, 1)
+    for name, value in dict(steps=1, sample_steps=2).items():         # of one step alone t would be below t_min
+        monkeypatch.setitem(check_tiny.SETTINGS, name, value)
     invert = mini_mi.ddim_invert
     monkeypatch.setattr(mini_mi, "ddim_invert",
                         lambda *args, **_: invert(*args[:3], steps=1, progress=False))
