@@ -64,6 +64,15 @@ def test_the_way_from_plain_noise_to_the_bound():
             "MQK alone reaches {:.3f} and MV alone {:.3f}, like the model without embeddings ({:.3f})"
             .format(*alone)) in words
     assert f"is {RESULTS['chance'][0]:.3f}" in README
+    assert all(name.startswith("pan_counter") for name in sorted(of_full, key=lambda n: sum(of_full[n]))[:4])
+    texts = {}
+    for cell in RESULTS["cells"]:
+        if cell["variant"] in ("full", "base"):
+            texts.setdefault(cell["clip"], dict(full=0, base=0))[cell["variant"]] += (
+                cell["scores"]["text_similarity"])
+    lost = [1 - of["full"] / of["base"] for of in texts.values()]
+    assert "half of the clips less than 0.6 %, four more than 5 %" in words
+    assert sum(share < 0.006 for share in lost) >= len(lost) / 2 and sum(share > 0.05 for share in lost) == 4
 
 
 def test_the_default_clip_is_taken_by_the_rule():
