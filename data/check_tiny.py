@@ -187,10 +187,9 @@ def target_text(judge, sampled, prompts):
 def sprite_path(frames):
     """(F,h,w,3) uint8 -> (F,2): the sprite's centre, x and y in pixels.
 
-    Backgrounds are dark and sprites bright (world.COLOURS): the brightest channel of a background stays below
-    132, a sprite's is at least 220. So the sprite is found without tracking, whatever the camera does.
+    Sprites are brighter than any background, so they are found without tracking, whatever the camera does.
     """
-    weight = np.clip((frames.max(-1) - 150.0) / 50, 0, 1) + 1e-6       # no sprite: the middle of the picture
+    weight = world.sprite_cover(frames) + 1e-6                         # no sprite: the middle of the picture
     rows, columns = np.mgrid[:frames.shape[1], :frames.shape[2]] + 0.5
     centre = np.stack([(weight * columns).sum((1, 2)), (weight * rows).sum((1, 2))], 1)
     return centre / weight.sum((1, 2))[:, None]

@@ -199,3 +199,69 @@ def test_target_prompts_share_nothing_with_their_clip():
             assert all(a != b for a, b in zip(world.attributes(text), own))
             # A camera motion needs a background that shows it.
             assert clip["motion"] != "pan_counter" or "plain" not in text
+
+
+# The outline
+
+def drawn(shape, radius=10.0, angle=0.0, x=32.0, y=32.0):
+    """A blue sprite on brown, 64x64; shape: a name, or a signed distance."""
+    distance = world.SHAPES.get(shape, shape)
+    columns, rows = np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5)
+    u, v = world.turn(-angle, (columns - x) / radius, (rows - y) / radius)
+    cover = np.clip(0.5 - distance(u, v) * radius, 0, 1)[..., None]
+    colours = np.array(world.BACKGROUNDS["brown"]), np.array(world.COLOURS["blue"])
+    return ((1 - cover) * colours[0] + cover * colours[1]).astype(np.uint8)
+
+
+def morph(share):
+    """The signed distance of a figure between circle (0) and star (1)."""
+    return lambda u, v: (1 - share) * world.circle_distance(u, v) + share * world.star_distance(u, v)
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_the_outline_names_the_shape_of_real_clips(shape):
+    """Of every motion, in colours, patterns and backgrounds of all kinds: no frame of 432 is read wrongly."""
+    for i, motion in enumerate(world.MOTIONS):
+        looks = [list(names)[i % len(names)] for names in (world.COLOURS, world.PATTERNS, world.BACKGROUNDS)]
+        scene = world.scene(i, [motion], world.describe(shape, *looks))
+        frames = world.render(scene)
+        assert [world.outline_shape(frame) for frame in frames] == [shape] * 16
+        assert world.shape_share(frames, shape) == 1
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_the_outline_names_any_size_and_turn(shape):
+    for radius in (6, 9, 14, 22):
+        for angle in np.linspace(0, 2 * np.pi, 15):
+            frame = drawn(shape, radius, angle, 31.7, 32.4)
+            assert world.outline_shape(frame) == shape
+            if radius == 22:                 # the values that the docstring names, where pixels hardly count
+                strengths = world.corner_strengths(world.sprite_cover(frame))
+                named = dict(circle=(0, 0, 0), square=(0, .142, 0), triangle=(.281, 0, 0), star=(0, 0, .292))
+                assert np.allclose(list(strengths.values()), named[shape], atol=0.015)
+
+
+def test_corners_of_a_circle_that_turns_into_a_star():
+    """The strength rises with every step; circle before and star after."""
+    frames = [drawn(morph(share), 14, 0.3) for share in np.linspace(0, 1, 11)]
+    strengths = [world.corner_strengths(world.sprite_cover(frame))[5] for frame in frames]
+    assert (np.diff(strengths) > 0).all()
+    shapes = [world.outline_shape(frame) for frame in frames]
+    assert shapes == ["circle"] * 4 + ["star"] * 7
+    assert world.shape_share(np.stack(frames), "circle") == 4 / 11
+
+
+def test_a_sprite_that_is_not_whole_has_no_outline():
+    small, cut, tangent = drawn("circle", 4), drawn("square", 10, x=3), drawn("circle", 10, x=10)
+    empty = np.zeros((64, 64, 3), np.uint8)
+    assert [world.outline_shape(f) for f in (small, cut, empty, tangent)] == [None, None, None, "circle"]
+    # Frames without a sprite do not count, and a clip without any shows nothing.
+    assert world.shape_share(np.stack([small, cut, tangent, drawn("star")]), "circle") == 1 / 2
+    assert world.shape_share(np.stack([small, cut, empty]), "circle") == 0
+
+
+def test_the_outline_is_that_of_the_largest_bright_region():
+    """A bright speck beside the sprite changes nothing."""
+    frame = drawn("triangle")
+    frame[2:5, 2:5] = 255
+    assert world.outline_shape(frame) == "triangle"
