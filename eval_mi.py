@@ -683,7 +683,7 @@ class Lab:
 
     def __init__(self, s):
         self.settings, self.device, self.out = s, torch.device(s.device), Path(s.out)
-        self.model_folder = mini_mi.local_folder(s.model) or mini_mi.fetch_model(s.model)
+        self.model_folder = mini_mi.model_folder(s.model)
         own = self.model_folder / "clip"
         self.clip_name = s.clip or str(own if own.is_dir() else "openai/clip-vit-base-patch32")
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
@@ -1710,10 +1710,7 @@ class CLIPModel(nn.Module):
 
 def clip_folder(name):
     """The folder of a CLIP: a path, or what the hub repository `name` (owner/name) holds, fetched once."""
-    if Path(name).is_dir():
-        return Path(name)
-    mini_mi.fetch_tokenizer(str(name), "")
-    return mini_mi.fetch_weights(str(name), "", "model")
+    return Path(name) if Path(name).is_dir() else mini_mi.fetch(name, "")
 
 
 def load_clip(name, device="cpu"):

@@ -51,7 +51,7 @@ import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 import ftfy
 import numpy as np
@@ -1023,55 +1023,61 @@ class CLIPTokenizer:
 
     WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
-    def __init__(self, vocab, merges, special=None, length=77):
-        self.vocab, self.length = vocab, length
+    def __init__(self, vocab, merges, special=None, length=77, added=None):
+        self.vocab, self.length = {**vocab, **(added or {})}, length
         self.rank = {pair: n for n, pair in enumerate(merges)}  # (left, right) -> priority, 0 is merged first
         self.alphabet = byte_alphabet()
         self.noticed = set()                                    # prompts of which a cut was already reported
+        for token, number in self.vocab.items():
+            if not isinstance(number, int) or number < 0:
+                raise UserError(f"tokenizer: {number} cannot be the number of a token, as it is of {token!r}")
         start, end = "<|startoftext|>", "<|endoftext|>"
         names = [(special or {}).get(f"{use}_token") or (start if use == "bos" else end)
                  for use in ("bos", "eos", "unk", "pad")]
         # an entry is either the token itself or a dict that describes it
         names = [name["content"] if isinstance(name, dict) else name for name in names]
-        if missing := sorted(set(names) - vocab.keys()):
+        if missing := sorted(set(names) - self.vocab.keys()):
             raise UserError(f"tokenizer: special tokens {missing} are not in its vocabulary")
-        self.bos, self.eos, self.unk, self.pad = (vocab[name] for name in names)
-        # Special tokens are cut out of the text before BPE sees it. In SD 2 the pad token is "!", so "wow!!!"
-        # ends in three tokens "!" and not in the one BPE token "!!!".
-        self.special = {t: vocab[t] for t in sorted(set(names), key=len, reverse=True)}
+        self.bos, self.eos, self.unk, self.pad = (self.vocab[name] for name in names)
+        # Special and added tokens are cut out of the prompt before BPE sees it, longer ones first. In SD 2
+        # the pad token is "!", so "wow!!!" ends in three tokens "!" and not in the one BPE token "!!!".
+        whole = {self.clean(name): self.vocab[name] for name in (*names, *(added or {}))}
+        self.special = {name: whole[name] for name in sorted(filter(None, whole), key=len, reverse=True)}
         self.special_pattern = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Reads vocab.json and merges.txt, or tokenizer.json alone as transformers 5 writes it.
+        """Reads tokenizer.json, as transformers 5 writes it, or else vocab.json and merges.txt.
 
-        What names the special tokens, and the length, is read where it is there: tokenizer_config.json and
-        special_tokens_map.json. Without a length, or with transformers' 1e30 for "none", it is CLIP's 77.
+        Read where it is there: added_tokens.json, tokens of textual inversion; tokenizer_config.json and
+        special_tokens_map.json, the special tokens and the length. Without a length, or with transformers'
+        1e30 for "none", it is CLIP's 77.
         """
+        def optional(name):
+            return read_json(folder / name) if (folder / name).is_file() else {}
+
         folder = Path(folder)
-        if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-            whole = read_json(folder / "tokenizer.json")
-            vocab = {**whole["model"]["vocab"], **{t["content"]: t["id"] for t in whole["added_tokens"]}}
-            merges = whole["model"]["merges"]                           # each "left right" or [left, right]
+        whole, added = optional("tokenizer.json"), optional("added_tokens.json")
+        if whole:
+            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]  # "left right" or [left, right]
+            added.update({entry["content"]: entry["id"] for entry in whole["added_tokens"]})
         else:
             vocab = read_json(folder / "vocab.json")
             with built_from(folder / "merges.txt"):
-                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+                lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
             merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        told = {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            told.update(read_json(folder / name) if (folder / name).is_file() else {})
+        told = {**optional("tokenizer_config.json"), **optional("special_tokens_map.json")}
         length = told.get("model_max_length") or 77
         if length < 3:
             raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length} leaves no room")
         merges = [tuple(m.split() if isinstance(m, str) else m) for m in merges]
-        return cls(vocab, merges, told, 77 if length > 1e6 else int(length))
+        return cls(vocab, merges, told, 77 if length > 1e6 else int(length), added)
 
     @staticmethod
-    def clean(text):
+    def clean(prompt):
         """As OpenAI's CLIP: repair Unicode, resolve HTML entities twice, collapse spaces, lower case."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        return unicodedata.normalize("NFC", " ".join(text.split()).lower())
+        prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+        return unicodedata.normalize("NFC", " ".join(prompt.split()).lower())
 
     @functools.lru_cache(maxsize=4096)
     def bpe(self, word):
@@ -1087,22 +1093,22 @@ class CLIPTokenizer:
                     parts[i:i + 2] = ["".join(pair)]
         return [self.vocab.get(p, self.unk) for p in parts]
 
-    def encode(self, text):
+    def encode(self, prompt):
         """Token ids of one string, L - 2 at most, without start, end and padding. Says what it cuts off."""
         ids, cut = [], []
-        for piece in self.special_pattern.split(self.clean(text)):
+        for piece in self.special_pattern.split(self.clean(prompt)):
             for word in [piece] if piece in self.special else self.WORDS.findall(piece):
                 ids += [self.special[word]] if word in self.special else self.bpe(word)
                 cut += [word] if len(ids) > self.length - 2 else []
-        if cut and text not in self.noticed:
-            self.noticed.add(text)
+        if cut and prompt not in self.noticed:
+            self.noticed.add(prompt)
             print(f"notice: a prompt has more than the {self.length - 2} tokens that the model reads; "
                   f"cut off: {textwrap.shorten(' '.join(cut), 300)}")
         return ids[:self.length - 2]
 
-    def __call__(self, texts):
+    def __call__(self, prompts):
         """list of B strings -> LongTensor (B, L), padded and truncated to L."""
-        rows = [[self.bos, *self.encode(text), self.eos] for text in texts]
+        rows = [[self.bos, *self.encode(prompt), self.eos] for prompt in prompts]
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows])
 
 
@@ -1254,9 +1260,9 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def built_from(path, problem="cannot be used"):
-    """Guards code that builds something from a file: what goes wrong is a UserError that names the file, but
-    for a lack of memory.
+def built_from(path, problem="cannot be used", advice="get it again"):
+    """The guard at the door through which a file enters: whatever goes wrong while something is built from it
+    is one UserError that names the file. Only a lack of memory is not the file's fault.
 
     A number where a list belongs or a missing field raises any error, anywhere: nothing inside checks for it.
     """
@@ -1271,18 +1277,17 @@ def built_from(path, problem="cannot be used"):
             raise                                               # a file in this folder is named already
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
-        if is_lack_of_memory(error):                                             # the file is not to blame
+        if is_lack_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {one_line(error)}"
         if getattr(error, "strerror", None):                                 # the file system's own errors
-            problem, reason = "cannot be read", error.strerror
-        raise UserError(f"{path} {problem} ({reason}); get it again") from error
+            raise UserError(f"{path} cannot be read ({error.strerror}); {advice}") from error
+        raise UserError(f"{path} {problem} ({type(error).__name__}: {one_line(error)}); {advice}") from error
 
 
 def read_json(path):
     """The JSON object in a file, as a dict. UserError: missing, not JSON, not an object."""
     with built_from(path, "is not valid JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))     # some editors begin with a mark
         if not isinstance(value, dict):
             raise UserError(f"a JSON object should be in it, not a {type(value).__name__}")
     return value
@@ -1301,39 +1306,44 @@ def read_config(kind, config, only=None, **fields):
         default, values = fields[field], value if isinstance(value, (list, tuple)) else [value]
         if any(one not in only.get(field, values) for one in values):
             raise UserError(f"{kind} config: {field} = {value} is not implemented, only {only[field]}")
-        # Most values of the wrong kind fail where the part is built, see built_from; numbers may fail at use.
-        number, wrong = type(default) in (int, float), isinstance(default, tuple) and values is not value
-        if wrong or number and not (isinstance(value, (int, float)) and (value > 0 or value >= default)):
+        # Most values of a wrong type fail where the part is built, see built_from; numbers may fail at use.
+        if type(default) in (int, float) and not (isinstance(value, (int, float))
+                                                  and (value > 0 or value >= default)):
             raise UserError(f"{kind} config: {field} = {value!r} cannot be; a usual value is {default!r}")
     return SimpleNamespace(**settings)
 
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool}
+
+
+def file_bytes(path):
+    """All bytes of a file as a uint8 tensor. Mapped, so that pages load when they are used; not shared, so
+    that writing into it does not change the file. Read as a whole where a file system maps no files."""
+    try:
+        return torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+    except RuntimeError:
+        return torch.from_numpy(np.fromfile(path, np.uint8))
 
 
 def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
-        # Mapped: pages load when they are used. Not shared: writing into a tensor does not change the file.
-        data = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+        data = file_bytes(path)
         start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
         header, data, tensors, position = json.loads(data[8:start].numpy().tobytes()), data[start:], {}, 0
         metadata = header.pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("metadata that is not text")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            kind, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
-            dtype = SAFETENSORS_DTYPES[kind]
-            # Each tensor begins where the one before it ended: this excludes gaps and overlaps at once.
-            if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name}: bytes {begin} to {end}, after {position}, for {shape} of {kind}")
-            raw = data[begin:end]
+            begin, end = entry["data_offsets"]
+            if begin != position:                    # neither gap nor overlap; reshape checks the length
+                raise ValueError(f"{name} begins at byte {begin}, not at {position}")
+            dtype, raw = SAFETENSORS_DTYPES[entry["dtype"]], data[begin:end]
             if (start + begin) % dtype.itemsize:
                 raw = raw.clone()  # old writers did not align; a wider dtype needs it
-            tensors[name], position = raw.view(dtype).reshape(shape), end
+            tensors[name], position = raw.view(dtype).reshape(entry["shape"]), end
         if position != len(data):
             raise ValueError(f"tensors of {position} bytes in {len(data)}")
     return tensors, metadata
@@ -1347,8 +1357,12 @@ def load_tensors(path):
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)[0]
     # A pickle is a program; `weights_only` refuses every call but the few that build tensors.
+    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     with built_from(path, "was refused: it is damaged, or holds code or objects beside a dict of tensors"):
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        try:
+            tensors = load(mmap=zipfile.is_zipfile(path))
+        except RuntimeError:                                                # as in file_bytes
+            tensors = load()
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -1357,23 +1371,25 @@ def save_safetensors(path, tensors, metadata=None):
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     # Wide dtypes first, and a header padded to 8 bytes: every tensor lies at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header, position = {"__metadata__": metadata or {}}, 0
+    header, begin = {"__metadata__": metadata or {}}, 0
     for name, tensor in ordered:
-        offsets = [position, position := position + tensor.numel() * tensor.dtype.itemsize]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        end = begin + tensor.numel() * tensor.dtype.itemsize
+        header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
+        begin = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(head).to_bytes(8, "little") + head)
         for _, tensor in ordered:
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-# ---- Checkpoints: folders in diffusers layout; the hub, from which files are fetched into such a folder
+# ---- Checkpoints: folders in diffusers layout
 
 ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
-# The parts with weights, and what their files are called before ".safetensors" or ".bin".
-PARTS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+# The parts with weights: their class, and what their weight files are called before ".safetensors" or ".bin".
+PARTS = {"text_encoder": (CLIPTextModel, "model"), "vae": (AutoencoderKL, "diffusion_pytorch_model"),
+         "unet": (UNet3DConditionModel, "diffusion_pytorch_model")}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before mid-2023
 
 
@@ -1389,29 +1405,39 @@ class Models:
     dtype = property(lambda self: self.unet.conv_in.weight.dtype, doc="Number format of the UNet's weights.")
 
 
-def weight_names(stem):
-    """The names that weights go by, the best first: safe or pickled, full or fp16, one file or an index."""
-    forms = ("{}.{}", "{}.{}.index.json", "{}.fp16.{}", "{}.fp16.{}.index.json", "{}.{}.index.fp16.json")
-    pickled = "pytorch_model" if stem == "model" else stem
-    return [form.format(*base) for base in ((stem, "safetensors"), (pickled, "bin")) for form in forms]
+def weight_files(names, stem):
+    """Those of the files `names` with the weights of a part: STEM.EXT, or all N of STEM-n-of-N.EXT;
+    safetensors before pickles, full precision before ".fp16". UserError: there are none, or not all N."""
+    pickled = re.sub(r"(^|/)model$", r"\1pytorch_model", stem)
+    fault = f"no weights, such as {stem}.safetensors"
+    for base, kind in ((stem, "safetensors"), (pickled, "bin")):
+        for form in ("{}.{}", "{}-#.{}", "{}.fp16.{}", "{}.fp16-#.{}", "{}-#.fp16.{}"):
+            pattern = re.escape(form.format(base, kind)).replace(r"\#", r"\d+-of-(\d+)")
+            found = [match for match in (re.fullmatch(pattern, name) for name in sorted(names)) if match]
+            if found and ("#" not in form or all(int(match[1]) == len(found) for match in found)):
+                return [match[0] for match in found]
+            fault = f"{len(found)} of {found[0][1]} files such as {found[0][0]}" if found else fault
+    raise UserError(f"{fault}: this is no whole model in diffusers layout")
 
 
-def shards(path):
-    """The weight files behind `path`: itself, or those beside it that it names if it is an index."""
-    with built_from(path):
-        names = set(read_json(path)["weight_map"].values()) if ".index." in path.name else [path.name]
-        return [path.with_name(name) for name in sorted(names)]        # ValueError: a file in another folder
+def part_config(folder, build):
+    """config.json of a part. UserError: it describes another class than `build`."""
+    config, needed = read_json(folder / "config.json"), build.__name__
+    with built_from(folder / "config.json"):
+        found = config.get("_class_name") or (config.get("architectures") or [needed])[0]
+        if found != needed:
+            raise UserError(f"its class is {found}, and {needed} is needed: take a model that has one")
+    return config
 
 
 def load_module(build, folder, stem, device, dtype):
-    """build(config.json of `folder`) with its weights, see weight_names. Frozen, in eval mode."""
+    """build(config.json of `folder`) with its weights, see weight_files. Frozen, in eval mode."""
     with built_from(folder / "config.json"), torch.device("meta"):    # no memory for what gets replaced
-        module = build(read_json(folder / "config.json"))
-    path = next((folder / name for name in weight_names(stem) if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(f"{folder} holds no weights, such as {stem}.safetensors; get the model folder again")
+        module = build(part_config(folder, build))
+    with built_from(folder):
+        paths = [folder / name for name in weight_files(os.listdir(folder), stem)]
     expected, tensors = module.state_dict(), {}
-    for key, value in (item for file in shards(path) for item in load_tensors(file).items()):
+    for key, value in (item for path in paths for item in load_tensors(path).items()):
         key = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
                      lambda match: OLD_ATTENTION[match[0]], key)
         prefix = "text_model." if f"text_model.{key}" in expected else ""       # transformers 5 leaves it out
@@ -1420,10 +1446,16 @@ def load_module(build, folder, stem, device, dtype):
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
     if missing or extra or wrong:
-        raise UserError(f"{path} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
-                        f"{len(extra)} unknown {extra[:2]}, {len(wrong)} of another shape {wrong[:2]}")
-    if bad := next((name for name, v in tensors.items() if not v.isfinite().all()), None):
-        raise UserError(f"{path} has values that are not finite in {bad}; get the file again")
+        raise UserError(f"{paths[0]} does not fit its config.json: {len(missing)} tensors missing "
+                        f"{missing[:2]}, {len(extra)} unknown {extra[:2]}, {len(wrong)} of another shape "
+                        f"{wrong[:2]}")
+    for key, value in tensors.items():
+        # Every tool that writes 8-bit weights keeps their scales in a way of its own.
+        if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{paths[0]} holds {str(value.dtype).removeprefix('torch.')} numbers in {key}, "
+                            "and these cannot be used here: get its float16 or float32 weights")
+        if not value.isfinite().all():
+            raise UserError(f"{paths[0]} has values that are not finite in {key}; get the file again")
     module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
     parameters = sum(v.numel() for v in tensors.values())
     print(f"loaded {len(tensors)} tensors, {parameters:,} parameters: {folder.name}")
@@ -1441,16 +1473,20 @@ def local_folder(model):
     return None
 
 
+def model_folder(model):
+    """The folder of a model with all its parts, fetched where `model` names a hub repository."""
+    return local_folder(model) or fetch(model, *PARTS, "tokenizer", "scheduler")
+
+
 def model_config(model, part):
-    """config.json of one part, such as "unet"; of a hub repository only this file is fetched, no weights."""
-    folder, name = local_folder(model), f"{part}/config.json"
-    return read_json(folder / name if folder else fetch(model, name))
+    """config.json of a part with weights; of a hub repository it is fetched without them."""
+    return part_config((local_folder(model) or fetch(model, part, weights=False)) / part, PARTS[part][0])
 
 
 def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     """Models from a folder in diffusers layout or from a hub repository; `dtype` is not the autoencoder's:
     in float16 it can overflow, and it costs little next to the UNet, so it stays float32."""
-    folder = local_folder(folder_or_repo) or fetch_model(folder_or_repo)
+    folder = model_folder(folder_or_repo)
     schedule = folder / "scheduler" / "scheduler_config.json"
     # Both parts without weights are tried, too: a value of the wrong kind may show only at use.
     with built_from(folder / "tokenizer"):
@@ -1462,168 +1498,178 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
         scheduler.timesteps(1)
     if (name := config.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
         print(f"scheduler: the noise schedule of {name} is taken; sampling is by DDIM")
-    return Models(tokenizer, *(
-        load_module(build, folder / part, PARTS[part], device, torch.float32 if part == "vae" else dtype)
-        for part, build in zip(PARTS, (CLIPTextModel, AutoencoderKL, UNet3DConditionModel))), scheduler)
+    text_encoder, vae, unet = (
+        load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
+        for part, (build, stem) in PARTS.items())
+    last, known = max(tokenizer.vocab.values()), text_encoder.text_model.embeddings.token_embedding
+    if last >= known.num_embeddings:
+        raise UserError(f"{folder / 'tokenizer'} has a token of number {last}, and the text encoder knows "
+                        f"{known.num_embeddings} tokens: take both from one model")
+    return Models(tokenizer, text_encoder, vae, unet, scheduler)
 
 
-# Of these another attempt may help.
+# ---- Hub: files of a repository, fetched into the cache of huggingface_hub, which can use them as well
+
+# Errors that are worth a retry.
 NETWORK_ERRORS = ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException, ssl.SSLError
+GATED = "no such repository, or a gated one: accept its terms on its page and set HF_TOKEN"
+NO_RETRY = {401: GATED, 403: GATED, 404: "check the name and the revision of the repository"}
 
 
-class NotOnHub(UserError):
-    """The hub has no such file (404), or may not be asked. Some files are optional."""
+def needed_files(listed, parts, weights):
+    """The files, of those `listed` in a repository, that these parts need; UserError: one is missing.
 
-
-def download(url, target, token):
-    """Bring `url` to `target` by way of a part file that a later call continues; False if it is not there.
-
-    Raises one of NETWORK_ERRORS where another attempt may help, UserError where it will not.
+    What a model may lack comes first: an interrupted download, which has these alone, does not look whole.
     """
-    # The part is named by the SHA-256 of the whole, so that parts of two versions are never joined.
-    kept = next(target.parent.glob(f".{target.name}.{'?' * 64}.part"), None)
-    offset, place, linked = kept.stat().st_size if kept else 0, url, None
-    headers = {"Range": f"bytes={offset}-"} if offset else {}
-    headers.update({"Authorization": f"Bearer {token}"} if token else {})
-    # Without the handlers that follow redirects and raise for a status: the hub's own answer tells hash and
-    # size, and the storage to which it sends one on must not see the token.
-    web = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        web.add_handler(handler())
-    for _ in range(9):
-        answer = web.open(urllib.request.Request(place, headers=headers), timeout=30)
-        linked = linked or answer.headers.get("X-Linked-Etag") and answer.headers
-        before, place = place, urljoin(place, answer.headers.get("Location", ""))
-        if answer.status not in (301, 302, 303, 307, 308) or not place.startswith(("http:", "https:")):
-            break
-        if urlsplit(place)[:2] != urlsplit(before)[:2]:
-            headers.pop("Authorization", None)
-    with answer:
-        if answer.status == 404:
-            return False
-        if answer.status in (401, 403):
-            raise UserError(f"{url} was refused ({answer.status}): no such repository, or a gated one: "
-                            "accept its terms on its page and set HF_TOKEN")
-        if 300 <= answer.status < 400:
-            raise UserError(f"{url}: the redirects lead nowhere; check HF_ENDPOINT")
-        if answer.status not in (200, 206, 416):
-            raise ConnectionError(f"the server answered {answer.status}")
-        linked = linked or answer.headers
-        sha256 = linked.get("X-Linked-Etag", "").strip('"')
-        sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else ""  # small files carry a git SHA-1 there
-        part = target.with_name(f".{target.name}.{sha256}.part")
-        if kept not in (None, part):
-            kept.unlink()                                                # it is no beginning of this file
-            raise ConnectionError("the file on the hub has changed")
-        if answer.status == 200:                           # all of it, also from servers that ignore Range
-            offset = 0
-        size = int(linked.get("X-Linked-Size") or offset + int(answer.headers.get("Content-Length") or 0))
-        with open(part, "ab" if offset else "wb") as file, tqdm.wrapattr(
-                file, "write", size, initial=offset, desc=target.name, disable=not sha256) as watched:
-            # 416: nothing follows the part. It may be all of it, if a process ended before the check below.
-            if answer.status != 416:
-                shutil.copyfileobj(answer, watched, 1 << 20)
-    if (have := part.stat().st_size) < size:
-        raise ConnectionError(f"the connection ended at byte {have} of {size}")
-    # Of what lies on the disk, where another process may have written, too; mapped: it may have gigabytes.
-    digest = hashlib.sha256(np.memmap(part, mode="r") if have else b"").hexdigest()
-    if sha256 and digest != sha256:
-        part.unlink()
-        # Of a part that was continued the damage may be old, and another attempt begins afresh.
-        raise (ConnectionError if offset else UserError)(
-            f"{target.name} arrived damaged (the hub says SHA-256 {sha256[:12]}...) and was deleted: "
-            "run it again, or check HF_ENDPOINT")
-    os.replace(part, target)
-    return True
+    optional, needed = ["model_index.json", "mini_mi.json"], []
+    for part in parts:
+        inside = f"{part}/" if part else ""
+        if part in ("tokenizer", ""):
+            optional += [f"{inside}{name}.json"
+                         for name in ("added_tokens", "special_tokens_map", "tokenizer_config")]
+            whole = f"{inside}tokenizer.json"
+            needed += [whole] if whole in listed else [f"{inside}merges.txt", f"{inside}vocab.json"]
+        if part == "scheduler":
+            needed.append("scheduler/scheduler_config.json")
+        elif part != "tokenizer":
+            stem = PARTS[part][1] if part else "model"
+            needed += [f"{inside}config.json", *(weight_files(listed, inside + stem) if weights else [])]
+    for name in needed:
+        if name not in listed:
+            raise UserError(f"no {name}: this is no whole model in diffusers layout")
+    return [name for name in optional if name in listed] + needed
 
 
 def hub_path(variable, below):
     """A place of huggingface_hub: what the environment says, or `below` the folder of all its files."""
     home = os.environ.get("HF_HOME") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
-    return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
+    try:
+        return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
+    except RuntimeError as error:
+        raise UserError("there is no home folder to keep downloads in: set HF_HOME to a folder") from error
 
 
-def fetch(repo, *names):
-    """Path in the cache of the first of `names` that hub repository `repo` (owner/name[@revision]) has.
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Keeps the token where the hub sends on to itself, as it does for small files."""
 
-    What is in the cache, by any of the names, is not asked for. Environment: HF_ENDPOINT (hub), HF_TOKEN and
-    HF_TOKEN_PATH (gated models), HF_HOME and HF_HUB_CACHE (files), HF_HUB_OFFLINE (ask no one).
-    UserError: no network, refused, damaged, disk full; NotOnHub: 404, or not in the cache while offline.
+    def redirect_request(self, request, *answer):
+        following, token = super().redirect_request(request, *answer), request.get_header("Authorization")
+        if following and token and urlsplit(following.full_url)[:2] == urlsplit(request.full_url)[:2]:
+            following.add_unredirected_header("Authorization", token)
+        return following
+
+
+def hub_open(url, **headers):
+    """The open answer of the hub. Other hosts, to which it sends on for large files, do not see the token."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    with contextlib.suppress(OSError, UnicodeDecodeError):                # what `hf auth login` stored
+        token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise UserError("the hub's token has characters that no token has: check HF_TOKEN, or the token file")
+    request = urllib.request.Request(url, headers=headers)
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    return urllib.request.build_opener(Redirects).open(request, timeout=30)
+
+
+def retried(job, url, *arguments):
+    """job(url, ...), again where the network fails. UserError: in vain, refused, not there, disk full."""
+    for wait in (0.5, 1, 2, 4, None):
+        try:
+            return job(url, *arguments)
+        except NETWORK_ERRORS as error:
+            status = getattr(error, "code", None)
+            # At once where there is no way to the hub at all: waiting would only delay the message.
+            no_way = wait == 0.5 and isinstance(error, urllib.error.URLError) and not status
+            if wait is None or status in NO_RETRY or no_way:
+                problem = one_line(error if status else getattr(error, "reason", error))
+                advice = NO_RETRY.get(status, "check the network and run it again; what came is kept")
+                raise UserError(f"cannot fetch {url} ({problem}): {advice}") from error
+            time.sleep(wait)
+        except OSError as error:
+            raise UserError(f"cannot keep {url} ({one_line(error)}): make room or set HF_HOME") from error
+
+
+def list_files(url):
+    """The hub's answer on a revision -> (its commit, {file name: (size, SHA-256, or None if it is small)})"""
+    with hub_open(url) as answer:
+        content = answer.read()
+    with built_from(url, "did not answer with a list of files", "check HF_ENDPOINT"):
+        found = json.loads(content)
+        return re.fullmatch(r"\w+", found["sha"])[0], {
+            file["rfilename"]: (int(file["size"]), (file.get("lfs") or {}).get("sha256"))
+            for file in found["siblings"]}
+
+
+def download(url, target, size, sha256):
+    """Bring `url` to `target` by way of a part file, which a later call continues; check size and hash.
+
+    Processes may do this at once: they write the same bytes to the same places, and none shortens the part.
+    """
+    part, digest = target.with_name(f"{target.name}.part"), hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    with open(part, "r+b") as file:
+        begin = file.seek(0, os.SEEK_END) if sha256 else 0       # without a hash it could be anything
+        if begin < size:                                         # else: ended before the check below
+            asked = {"Range": f"bytes={begin}-"} if begin else {}
+            with hub_open(url, **asked) as answer, tqdm.wrapattr(
+                    file, "write", size, initial=begin, desc=target.name, disable=not sha256) as watched:
+                file.seek(begin if answer.status == 206 else 0)  # 200: a server that sends all of it
+                shutil.copyfileobj(answer, watched, 1 << 20)
+                end = file.tell()
+            if end < size:
+                raise ConnectionError(f"the connection ended at byte {end} of {size}")
+        file.seek(0)
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+        whole = file.tell() == size and sha256 in (None, digest.hexdigest())
+    if not whole:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{url} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
+    if not target.is_file():                                     # else another process was faster
+        os.replace(part, target)
+
+
+def fetch(repo, *parts, weights=True):
+    """The folder of a hub repository (owner/name[@revision]) with all files that these parts of a model need.
+
+    parts: "unet", "vae", "text_encoder", "tokenizer", "scheduler", or "", the root, for a CLIP with its
+    tokenizer; weights=False: without weights. A snapshot that has them is taken without asking the hub.
+    Environment: HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. UserError: they
+    cannot be had.
     """
     repo, _, revision = str(repo).partition("@")
     repo, revision = ALIASES.get(repo, repo), revision or "main"
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or ".." in revision:
-        raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name)")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*", f"{repo}@{revision}") or ".." in revision:
+        raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name[@revision])")
     store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
-    with contextlib.suppress(OSError):       # refs/main holds the commit that it was when it was fetched
-        revision = (store / "refs" / revision).read_text("utf-8").strip()
-    folder = store / "snapshots" / revision                                        # huggingface_hub's own
-    if not folder.is_dir():
-        folder = hub_path("", "mini_mi") / repo.replace("/", "--") / quote(revision, safe="")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise NotOnHub(f"{names[0]} of {repo} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it: "
-                       "unset it, or check HF_HOME and HF_HUB_CACHE")
+    reference = store / "refs" / revision                        # holds the commit that it was
+    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
+    folder = store / "snapshots" / commit
+    try:
+        here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        needed_files(here, parts, weights)
+        return folder
+    except UserError as lack:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise UserError(f"{folder} has {lack}; HF_HUB_OFFLINE forbids to fetch it: unset it, or check "
+                            "HF_HOME and HF_HUB_CACHE") from lack
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if not endpoint.startswith(("http://", "https://")):
         raise UserError(f"{endpoint} is no web address: HF_ENDPOINT should look like https://huggingface.co")
-    token = os.environ.get("HF_TOKEN", "")
-    with contextlib.suppress(OSError, UnicodeDecodeError):                # what `hf auth login` stored
-        token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8")
-    if not re.fullmatch("[!-~]*", token := token.strip()):
-        raise UserError("the hub's token has characters that no token has: check HF_TOKEN, or the token file")
+    url = f"{endpoint}/api/models/{repo}/revision/{quote(commit, safe='')}?blobs=true"
+    sha, files = retried(list_files, url)
+    if sha != commit:
+        with atomic_write(reference) as temporary:
+            temporary.write_text(sha)
+    with built_from(f"{endpoint}/{repo}"):
+        names = needed_files(files, parts, weights)
+    folder = store / "snapshots" / sha
     for name in names:
-        target, url = folder / name, f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
-        for wait in (0.5, 1, 2, 4, None):
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if download(url, target, token):
-                    return target
-                break
-            except NETWORK_ERRORS as error:
-                # At once where there is no way to the hub at all: waiting would only delay the message.
-                if wait is None or wait == 0.5 and isinstance(error, urllib.error.URLError):
-                    proxy = urlsplit(urllib.request.getproxies().get(urlsplit(url).scheme, ""))
-                    by_way = f" by way of the proxy {proxy.hostname}:{proxy.port}" if proxy.hostname else ""
-                    problem = one_line(getattr(error, "reason", error))
-                    raise UserError(f"cannot fetch {url}{by_way} ({problem}): check the network, run it "
-                                    "again; what came is kept") from error
-                time.sleep(wait)
-            except OSError as error:
-                why = one_line(error)
-                raise UserError(f"cannot write {target} ({why}): make room or set HF_HOME") from error
-    raise NotOnHub(f"{endpoint}/{repo} has no {names[0]} (404): check the name of the folder or repository")
-
-
-def fetch_weights(repo, part, stem):
-    """Folder with config.json and weights of one part ("unet/"; "" is the root), see weight_names."""
-    config = fetch(repo, f"{part}config.json")
-    for file in shards(fetch(repo, *(part + name for name in weight_names(stem)))):
-        fetch(repo, part + file.name)
-    return config.parent
-
-
-def fetch_tokenizer(repo, part):
-    """Folder with the tokenizer of one part ("tokenizer/"; "": the root), of either generation."""
-    first = fetch(repo, f"{part}vocab.json", f"{part}tokenizer.json")
-    if first.name == "vocab.json":
-        fetch(repo, f"{part}merges.txt")
-    # Both are optional. Where the config is, which is fetched last, the other has been asked for.
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if not first.with_name("tokenizer_config.json").is_file():
-            with contextlib.suppress(NotOnHub):
-                fetch(repo, part + name)
-    return first.parent
-
-
-def fetch_model(repo):
-    """Folder with the files of a text-to-video repository (or alias) in diffusers layout; see fetch."""
-    for part, stem in PARTS.items():
-        fetch_weights(repo, f"{part}/", stem)
-    fetch_tokenizer(repo, "tokenizer/")
-    return fetch(repo, "scheduler/scheduler_config.json").parent.parent
+        if not (folder / name).is_file():
+            retried(download, f"{endpoint}/{repo}/resolve/{sha}/{quote(name)}", folder / name, *files[name])
+    return folder
 
 
 # ---- Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else

@@ -1,23 +1,26 @@
-"""Downloads against a small hub on the loopback: redirects, resumed parts, hashes, the token, the cache."""
+"""Downloads against a small hub on the loopback: list of files, resumed parts, hashes, token, cache."""
 
 import collections
 import hashlib
 import http.server
 import json
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import mini_mi
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB, which travels in more than one piece
-SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
-REPO = "someone/some-model"
+REPO, SHA, LATER = "someone/some-model", "c0ffee" * 6 + "c0ff", "beef" * 10
+UNET = "unet/diffusion_pytorch_model.safetensors"
 Request = collections.namedtuple("Request", "host path range token")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As the real hub: small files at once, large ones by a redirect with hash and size to another host."""
+    """As the real hub: a list of files with sizes and hashes; small files by way of a redirect within the
+    hub, large ones by a redirect to another host."""
 
     def log_message(self, *args):
         pass
@@ -33,379 +36,355 @@ class Hub(http.server.BaseHTTPRequestHandler):
         hub = self.server
         host, wanted = self.headers["Host"].split(":")[0], self.headers.get("Range")
         hub.requests.append(Request(host, self.path, wanted, self.headers.get("Authorization")))
-        name = self.path.split("/resolve/main/")[-1]  # of other revisions, the whole path
-        if self.path.startswith("/storage/"):
-            return self.storage(hub.large[self.path.removeprefix("/storage/")], wanted)
+        start, _, name = self.path.partition(f"/{hub.sha}/")
         if hub.statuses:
             return self.answer(hub.statuses.pop(0))
-        if name in hub.small:
-            etag = hashlib.sha1(hub.small[name]).hexdigest()  # what the hub has for small files
-            return self.answer(200, hub.small[name], X_Linked_Etag=f'"{etag}"')
-        if name not in hub.large:
+        if self.path.startswith("/api/models/"):
+            return self.answer(200, hub.listing() if hub.listing else hub.list_files())
+        if start not in (f"/{REPO}/resolve", "/again", "/storage") or name not in hub.files:
             return self.answer(404)
-        linked = {"X_Linked_Etag": f'"{hub.sha256}"', "X_Linked_Size": len(hub.large[name])}
-        if hub.redirect is None:
-            return self.storage(hub.large[name], wanted, **linked)
-        return self.answer(302, Location=hub.redirect.format(port=hub.server_port, name=name), **linked)
-
-    def storage(self, content, wanted, **headers):
-        """Send from the byte that Range asks for; hub.drops holds lengths after which the line breaks."""
-        hub, begin, status = self.server, 0, 200
+        if start.endswith("/resolve"):
+            place = "/again" if name in hub.small else hub.redirect.format(port=hub.server_port)
+            return self.answer(302, Location=f"{place}/{hub.sha}/{name}")
+        content, begin, status = hub.files[name], 0, 200
         if wanted and hub.ranges:
             begin, status = int(wanted.removeprefix("bytes=").split("-")[0]), 206
-            if begin >= len(content):
-                return self.answer(416)
         body = content[begin:]
-        sent = body[: hub.drops.pop(0)] if hub.drops else body
-        self.answer(status, sent, **{**headers, "Content-Length": len(body)})
+        sent = body[: hub.drops.pop(0)] if hub.drops and name not in hub.small else body
+        self.answer(status, sent, Content_Length=len(body))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """What the hub has, and what goes wrong with it: drops holds lengths after which the line breaks."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Hub)
+        config = {f"{part}/config.json": b"{}" for part in mini_mi.PARTS}
+        self.small = {**config, "tokenizer/vocab.json": b'{"a": 1}', "tokenizer/merges.txt": b"a b\n",
+                      "tokenizer/tokenizer_config.json": b"{}", "scheduler/scheduler_config.json": b"{}",
+                      "model_index.json": b"{}", "README.md": b"read me"}
+        self.large = {"text_encoder/pytorch_model.bin": WEIGHTS, UNET: WEIGHTS,
+                      "vae/diffusion_pytorch_model.safetensors": WEIGHTS,
+                      "vae/diffusion_pytorch_model.bin": WEIGHTS, "unet/diffusion_pytorch_model.bin": WEIGHTS,
+                      "unet/diffusion_pytorch_model.non_ema.safetensors": WEIGHTS, "unet/model.onnx": WEIGHTS}
+        self.requests, self.drops, self.statuses, self.ranges, self.sha = [], [], [], True, SHA
+        self.sha256, self.listing = hashlib.sha256(WEIGHTS).hexdigest(), None
+        self.redirect = "http://localhost:{port}/storage"  # for a client another host than 127.0.0.1
+
+    files = property(lambda self: {**self.small, **self.large})
+
+    def handle_error(self, *args):
+        """Clients that leave early are no news."""
+
+    def list_files(self):
+        files = [dict(rfilename=name, size=len(content), blobId="0" * 40)
+                 | ({"lfs": dict(sha256=self.sha256, size=len(content))} if name in self.large else {})
+                 for name, content in self.files.items()]
+        return json.dumps(dict(id=REPO, sha=self.sha, siblings=files)).encode()
+
+    def asked(self, start):
+        return [request for request in self.requests if request.path.startswith(start)]
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.small, server.large = {"config.json": b'{"a": 1}'}, {"model.bin": WEIGHTS}
-    server.requests, server.drops, server.statuses, server.sha256, server.ranges = [], [], [], SHA256, True
-    server.handle_error = lambda *args: None  # clients that leave early are no news
-    server.redirect = "http://localhost:{port}/storage/{name}"  # for a client another host than 127.0.0.1
+    server = Server()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     for name in ("HF_TOKEN HF_TOKEN_PATH HF_HUB_CACHE HF_HUB_OFFLINE XDG_CACHE_HOME "
                  "http_proxy HTTP_PROXY").split():
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     monkeypatch.setattr(mini_mi.time, "sleep", lambda seconds: None)
     yield server
     server.shutdown()
     server.server_close()
 
 
-def refused(match, error=mini_mi.UserError, name="model.bin", repo=REPO):
-    with pytest.raises(error, match=match) as caught:
-        mini_mi.fetch(repo, name)
+def refused(match, *parts, repo=REPO, **options):
+    with pytest.raises(mini_mi.UserError, match=match) as caught:
+        mini_mi.fetch(repo, *parts or ["unet"], **options)
     assert "\n" not in str(caught.value)
-
-
-def leftovers(tmp_path):
-    return sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-
-
-def test_redirect_is_followed_and_the_file_verified(hub, tmp_path):
-    path = mini_mi.fetch(REPO, "model.bin")
-    assert path.read_bytes() == WEIGHTS and (tmp_path / "home") in path.parents
-    assert [(r.host, r.path) for r in hub.requests] == [
-        ("127.0.0.1", f"/{REPO}/resolve/main/model.bin"), ("localhost", "/storage/model.bin")]
-    assert leftovers(tmp_path) == ["model.bin"]
-
-
-def test_cache_is_asked_before_the_network(hub, monkeypatch):
-    path = mini_mi.fetch(REPO, "model.bin")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    assert mini_mi.fetch(REPO, "model.bin") == path
-    refused("cannot fetch .*check the network", name="config.json")
-    assert len(hub.requests) == 2
-
-
-def test_small_file_without_sha256_is_fetched(hub, tmp_path):
-    assert mini_mi.read_json(mini_mi.fetch(REPO, "config.json")) == {"a": 1}
-    assert leftovers(tmp_path) == ["config.json"]
-
-
-def test_dropped_connections_are_resumed(hub):
-    hub.drops = [300_000, 0, 200_000]
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-    stored = [r.range for r in hub.requests if r.host == "localhost"]
-    assert stored == [None, "bytes=300000-", "bytes=300000-", "bytes=500000-"]
-
-
-def test_a_later_run_continues_the_part(hub, tmp_path):
-    hub.drops = [100_000] + [0] * 4
-    refused("cannot fetch .*100000 of 1048576.*kept")
-    assert leftovers(tmp_path) == [f".model.bin.{SHA256}.part"]
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-    assert hub.requests[-1].range == "bytes=100000-"
-    assert leftovers(tmp_path) == ["model.bin"]
-
-
-def test_resume_without_redirect(hub):
-    hub.redirect, hub.drops = None, [300_000]
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-    assert [r.range for r in hub.requests] == [None, "bytes=300000-"]
-
-
-def test_server_that_ignores_range_sends_all_again(hub):
-    hub.drops, hub.ranges = [300_000], False
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-
-
-@pytest.mark.parametrize("size", [len(WEIGHTS), len(WEIGHTS) + 5])
-def test_part_that_the_server_cannot_continue_is_begun_again(hub, tmp_path, size):
-    part = mini_mi.fetch(REPO, "config.json").with_name(f".model.bin.{SHA256}.part")
-    part.write_bytes(b"x" * size)  # 416 is the answer to that
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-    assert leftovers(tmp_path) == ["config.json", "model.bin"]
-
-
-def test_part_of_another_version_is_not_continued(hub, tmp_path):
-    hub.drops = [300_000] + [0] * 4
-    refused("cannot fetch")
-    hub.large["model.bin"] = WEIGHTS[::-1]
-    hub.sha256 = hashlib.sha256(WEIGHTS[::-1]).hexdigest()
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS[::-1]
-    assert leftovers(tmp_path) == ["model.bin"]
-
-
-def test_part_is_not_continued_where_the_hub_names_no_hash(hub, tmp_path):
-    """It might be of another version; a mirror that sends no hash begins again."""
-    hub.drops = [300_000] + [0] * 4
-    refused("cannot fetch")
-    hub.sha256, hub.large["model.bin"] = "", WEIGHTS[::-1]
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS[::-1]
-    assert leftovers(tmp_path) == ["model.bin"]
-
-
-def test_wrong_hash_is_refused_and_nothing_is_kept(hub, tmp_path):
-    hub.sha256 = "0" * 64
-    refused("model.bin arrived damaged .*000000000000")
-    assert leftovers(tmp_path) == []
-
-
-def test_damaged_part_is_found_out(hub, tmp_path):
-    hub.drops = [300_000] + [0] * 4
-    refused("cannot fetch")
-    part = next(tmp_path.rglob("*.part"))
-    part.write_bytes(b"x" + part.read_bytes()[1:])
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS  # found out, and begun again
-    assert hub.requests[-1].range is None and leftovers(tmp_path) == ["model.bin"]
-
-
-def test_token_goes_to_the_hub_alone(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
-    hub.drops = [300_000]  # the resumed requests must not leak it either
-    mini_mi.fetch(REPO, "model.bin")
-    tokens = {(r.host, r.token) for r in hub.requests}
-    assert tokens == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
-
-
-@pytest.mark.parametrize("token", ["hf_abc\ndef", "hf_caf\u00e9", "hf_\u2026"])
-def test_a_token_that_cannot_be_one_is_refused(hub, monkeypatch, token):
-    monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(mini_mi.UserError, match="token"):
-        mini_mi.fetch(REPO, "unet/config.json")
-
-
-def test_token_follows_a_redirect_within_the_hub(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.redirect = "/storage/{name}"
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-    assert [r.token for r in hub.requests] == ["Bearer hf_secret"] * 2
-
-
-@pytest.mark.parametrize(
-    "place", ["file:///etc/hostname", "ftp://localhost/x", f"/{REPO}/resolve/main/model.bin"])
-def test_redirects_that_lead_nowhere_are_refused(hub, tmp_path, place):
-    hub.redirect = place
-    refused("redirects lead nowhere")
-    assert leftovers(tmp_path) == []
-
-
-def test_refusals_of_the_hub_are_told_apart(hub, tmp_path):
-    refused("404", mini_mi.NotOnHub, name="absent.bin")
-    for status in (401, 403):
-        hub.statuses = [status]
-        refused(f"{status}.*HF_TOKEN")
-    hub.statuses = [503, 429]
-    assert mini_mi.fetch(REPO, "model.bin").exists()  # tried again
-    hub.statuses = [500] * 9
-    refused("the server answered 500", name="config.json")
-    refused("neither a model folder nor a hub repository", repo="no/such/folder")
-    refused("neither a model folder nor a hub repository", repo="../..")
-
-
-def test_no_network_fails_at_once(hub, monkeypatch):
-    monkeypatch.setattr(mini_mi.time, "sleep", lambda seconds: pytest.fail("waits although nobody is there"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    refused("cannot fetch http://127.0.0.1:9.*check the network")
-    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
-    refused("HF_ENDPOINT should look like")
-
-
-def test_full_disk_and_unwritable_cache(hub, tmp_path, monkeypatch):
-    """One line; what fitted is kept, and goes on when there is room."""
-    class Full:
-        """A file on a disk with room for half of it."""
-
-        def __init__(self, path, mode):
-            self.file = open(path, mode)
-
-        def write(self, block):
-            self.file.write(block[:1 << 19])
-            raise OSError(28, "No space left on device")
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mini_mi, "open", Full, raising=False)
-        refused("cannot write .*model.bin .No space left on device.: make room")
-    assert leftovers(tmp_path) == [f".model.bin.{SHA256}.part"]
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-    assert hub.requests[-1].range == "bytes=524288-"
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
-    refused("cannot write .*HF_HOME")
-
-
-MODEL = ("tokenizer/vocab.json tokenizer/merges.txt tokenizer/tokenizer_config.json text_encoder/config.json "
-         "vae/config.json unet/config.json scheduler/scheduler_config.json").split()
 
 
 def names(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_model_is_fetched_safetensors_first_and_works_offline(hub, monkeypatch):
-    hub.small = {name: json.dumps({"file": name}).encode() for name in MODEL}
-    weights = ["text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.safetensors",
-               "vae/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin"]
-    hub.large = dict.fromkeys(weights, WEIGHTS)
-    folder = mini_mi.fetch_model("zeroscope")
-    assert hub.requests[0].path.startswith("/cerspense/zeroscope_v2_576w/resolve/main/")
-    # special_tokens_map.json is absent, and of the VAE's weights only the safe ones were taken.
-    assert names(folder) == {*MODEL, *weights} - {"vae/diffusion_pytorch_model.bin"}
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert mini_mi.fetch_model("zeroscope") == folder
+def parts_of_files(tmp_path):
+    return [path.name for path in tmp_path.rglob("*.part")]
+
+
+# What is fetched
+
+def test_a_model_is_fetched_by_one_list_safetensors_first_and_works_offline(hub, tmp_path, monkeypatch):
+    folder = mini_mi.model_folder(REPO)
+    assert hub.requests[0].path == f"/api/models/{REPO}/revision/main?blobs=true"
+    assert folder == tmp_path / "home" / "hub" / "models--someone--some-model" / "snapshots" / SHA
+    assert names(folder) == {
+        *hub.small, *hub.large} - {"README.md", "vae/diffusion_pytorch_model.bin", "unet/model.onnx",
+                                   "unet/diffusion_pytorch_model.bin",
+                                   "unet/diffusion_pytorch_model.non_ema.safetensors"}
+    assert all((folder / name).read_bytes() == hub.files[name] for name in names(folder))
+    assert len(hub.asked("/api/")) == 1 and {r.path.split("/")[1] for r in hub.requests} == {
+        "api", "someone", "again", "storage"}
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert mini_mi.model_folder(REPO) == folder
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert mini_mi.model_folder(REPO) == mini_mi.model_folder(f"{REPO}@{SHA}") == folder
+
+
+def test_an_alias_names_its_repository(hub):
+    refused("cerspense/zeroscope_v2_576w/resolve.*404", repo="zeroscope")
+    assert mini_mi.local_folder("zeroscope") is None
+
+
+def test_the_config_is_fetched_without_weights(hub):
+    hub.small["unet/config.json"] = b'{"sample_size": 8}'
+    assert mini_mi.model_config(REPO, "unet") == {"sample_size": 8}
+    assert not any(r.path.endswith((".safetensors", ".bin", "vae/config.json")) for r in hub.requests)
+    hub.small["unet/config.json"] = b"changed"                  # it is not asked for again
+    assert mini_mi.model_config(REPO, "unet") == {"sample_size": 8} and len(hub.asked("/api/")) == 1
 
 
 def test_sharded_and_fp16_weights_and_tokenizers_of_today_are_fetched(hub):
-    """Each part in another of the forms in circulation."""
-    shards = ["diffusion_pytorch_model-00001-of-00002.safetensors",
-              "diffusion_pytorch_model-00002-of-00002.safetensors"]
-    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}).encode()
-    hub.small = {name: b"{}" for name in MODEL if not name.startswith("tokenizer")}
-    hub.small |= {"tokenizer/tokenizer.json": b"{}", "tokenizer/tokenizer_config.json": b"{}",
-                  "unet/diffusion_pytorch_model.safetensors.index.json": index}
+    shards = [f"unet/diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for name in ("merges.txt", "vocab.json"):
+        hub.small["tokenizer/tokenizer.json"] = hub.small.pop(f"tokenizer/{name}")
+    hub.small |= {"tokenizer/added_tokens.json": b"{}", "mini_mi.json": b"{}"}
     hub.large = dict.fromkeys(["text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.bin",
-                               *(f"unet/{shard}" for shard in shards)], WEIGHTS)
-    folder = mini_mi.fetch_model(REPO)
-    assert names(folder) == {*hub.small, *hub.large}
-    before = len(hub.requests)
-    assert mini_mi.fetch_model(REPO) == folder and len(hub.requests) == before  # nothing is asked again
+                               *shards], WEIGHTS)
+    assert names(mini_mi.model_folder(REPO)) == {*hub.small, *hub.large} - {"README.md"}
 
 
-def test_weights_at_the_root_of_a_repository(hub):
-    hub.small, hub.large = {"config.json": b"{}", "tokenizer.json": b"{}"}, {"pytorch_model.bin": WEIGHTS}
-    folder = mini_mi.fetch_weights(REPO, "", "model")
-    assert mini_mi.fetch_tokenizer(REPO, "") == folder
-    assert names(folder) == {"config.json", "tokenizer.json", "pytorch_model.bin"}
+def test_a_clip_at_the_root_of_a_repository(hub):
+    hub.small |= {"config.json": b"{}", "tokenizer.json": b"{}", "vocab.json": b"{}"}
+    hub.large = {"pytorch_model.bin": WEIGHTS, "tf_model.h5": WEIGHTS}
+    assert names(mini_mi.fetch(REPO, "")) == {
+        "config.json", "tokenizer.json", "pytorch_model.bin", "model_index.json"}
 
 
-def test_an_index_that_names_files_elsewhere_is_refused(hub):
-    index = json.dumps({"weight_map": {"a": "../../secret.safetensors"}}).encode()
-    hub.small = {"unet/config.json": b"{}", "unet/diffusion_pytorch_model.safetensors.index.json": index}
-    with pytest.raises(mini_mi.UserError, match="index.json cannot be used .*secret"):
-        mini_mi.fetch_weights(REPO, "unet/", "diffusion_pytorch_model")
-
-
-def test_a_model_that_lacks_a_file_is_not_complete(hub):
-    hub.small = {name: b"{}" for name in MODEL if name != "unet/config.json"}
-    hub.large = {"text_encoder/model.safetensors": WEIGHTS,
-                 "vae/diffusion_pytorch_model.safetensors": WEIGHTS}
-    for _ in range(2):
-        with pytest.raises(mini_mi.NotOnHub, match="unet/config.json"):
-            mini_mi.fetch_model(REPO)
-    hub.small["unet/config.json"] = b"{}"
-    with pytest.raises(mini_mi.NotOnHub, match="unet/diffusion_pytorch_model.safetensors"):
-        mini_mi.fetch_model(REPO)
-
-
-# What huggingface_hub left, and its settings
-
-def snapshot(cache, files, revision="main"):
-    """A repository as huggingface_hub keeps it: a reference to a commit, and the commit's files."""
-    store, commit = cache / f"models--{REPO.replace('/', '--')}", "c0ffee" * 6 + "c0ff"
-    (store / "refs").mkdir(parents=True)
-    (store / "refs" / revision).write_text(commit)
-    for name, content in files.items():
-        (store / "snapshots" / commit / name).parent.mkdir(parents=True, exist_ok=True)
-        (store / "snapshots" / commit / name).write_bytes(content)
-    return store / "snapshots" / commit
-
-
-@pytest.mark.parametrize("setting, place", [("HF_HOME", "hub"), ("HF_HUB_CACHE", ".")])
-def test_what_huggingface_hub_downloaded_is_used(hub, tmp_path, monkeypatch, setting, place):
-    """Whatever its form is, nothing is asked of the hub; a commit or another revision is found as well."""
-    files = {**{name: b"{}" for name in MODEL}, "text_encoder/model.fp16.safetensors": WEIGHTS,
-             "vae/diffusion_pytorch_model.bin": WEIGHTS, "unet/diffusion_pytorch_model.safetensors": WEIGHTS}
-    monkeypatch.setenv(setting, str(tmp_path / "theirs"))
-    folder = snapshot(tmp_path / "theirs" / place, files)
-    assert mini_mi.fetch_model(REPO) == mini_mi.fetch_model(f"{REPO}@{folder.name}") == folder
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert mini_mi.fetch_model(REPO) == folder and hub.requests == []
-
-
-def test_a_snapshot_that_lacks_a_file_is_completed_at_its_commit(hub, tmp_path):
-    folder = snapshot(tmp_path / "home" / "hub", {"config.json": b"{}"})
-    assert mini_mi.fetch(REPO, "config.json").parent == folder and hub.requests == []
-    hub.small[f"/{REPO}/resolve/{folder.name}/other.json"] = b"{}"
-    assert mini_mi.fetch(REPO, "other.json") == folder / "other.json"
-    assert hub.requests[0].path.endswith(f"/resolve/{folder.name}/other.json")
-
-
-def test_a_revision_is_asked_for(hub):
-    hub.small[f"/{REPO}/resolve/refs%2Fpr%2F1/config.json"] = b"{}"
-    path = mini_mi.fetch(f"{REPO}@refs/pr/1", "config.json")
-    assert hub.requests[0].path == f"/{REPO}/resolve/refs%2Fpr%2F1/config.json"
-    assert path != mini_mi.fetch(REPO, "config.json")
-    assert mini_mi.local_folder(f"{REPO}@refs/pr/1") is None and mini_mi.local_folder("zeroscope@v1") is None
-    refused("neither a model folder nor a hub repository", repo=f"{REPO}@../..")
-
-
-def test_offline_asks_no_one(hub, monkeypatch):
-    path = mini_mi.fetch(REPO, "config.json")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert mini_mi.fetch(REPO, "config.json") == path
-    refused("HF_HUB_OFFLINE forbids", mini_mi.NotOnHub)
+@pytest.mark.parametrize("lost, parts", [
+    ("unet/config.json", ["unet"]), ("scheduler/scheduler_config.json", ["scheduler"]),
+    ("tokenizer/vocab.json", ["vae", "tokenizer"]), ("config.json", [""])])
+def test_a_repository_that_lacks_a_file_is_refused_before_any_download(hub, lost, parts):
+    hub.small |= {"tokenizer.json": b"{}"}
+    hub.small.pop(lost, None)
+    hub.large["model.safetensors"] = WEIGHTS
+    refused(f"{REPO}: no {lost}: this is no whole model", *parts)
     assert len(hub.requests) == 1
 
 
-@pytest.mark.parametrize("setting", ["HF_HOME", "HF_TOKEN_PATH"])
-def test_the_stored_token_counts(hub, tmp_path, monkeypatch, setting):
-    (tmp_path / "home").mkdir()
-    file = tmp_path / "home" / "token" if setting == "HF_HOME" else tmp_path / "elsewhere"
-    file.write_text("hf_stored\n")
-    if setting == "HF_TOKEN_PATH":
-        monkeypatch.setenv(setting, str(file))
-    mini_mi.fetch(REPO, "model.bin")
-    assert [r.token for r in hub.requests] == ["Bearer hf_stored", None]
-    monkeypatch.setenv("HF_TOKEN", "hf_given")
-    mini_mi.fetch(REPO, "config.json")
-    assert hub.requests[-1].token == "Bearer hf_given"
+def test_a_repository_without_weights_or_with_some_of_them_is_refused(hub):
+    hub.large = {"unet/diffusion_pytorch_model-00002-of-00003.safetensors": WEIGHTS}
+    refused("1 of 00003 files such as unet/diffusion_pytorch_model-00002-of-00003.safetensors: this is no ")
+    hub.large = {"unet/diffusion_pytorch_model.non_ema.safetensors": WEIGHTS}
+    refused("no weights, such as unet/diffusion_pytorch_model.safetensors")
 
 
-def test_the_message_names_the_proxy_without_its_password(hub, monkeypatch):
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
-    with pytest.raises(mini_mi.UserError, match="proxy 127.0.0.1:9 ") as caught:
-        mini_mi.fetch(REPO, "model.bin")
-    assert "secret" not in str(caught.value)
+def test_a_revision_is_asked_for(hub):
+    folder = mini_mi.fetch(f"{REPO}@refs/pr/1", "unet", weights=False)
+    assert hub.requests[0].path == f"/api/models/{REPO}/revision/refs%2Fpr%2F1?blobs=true"
+    hub.sha = LATER
+    assert mini_mi.fetch(REPO, "unet", weights=False) == folder.with_name(LATER)
+    assert mini_mi.fetch(f"{REPO}@refs/pr/1", "unet", weights=False) == folder
+    assert mini_mi.local_folder(f"{REPO}@refs/pr/1") is None and mini_mi.local_folder("zeroscope@v1") is None
+    for repo in (f"{REPO}@../..", f"{REPO}@/etc", "no/such/folder", "../.."):
+        refused("neither a model folder nor a hub repository", repo=repo)
 
 
-def test_a_finished_part_is_verified_not_fetched_again(hub, tmp_path):
-    """A process that was ended while it hashed left it."""
-    part = mini_mi.fetch(REPO, "config.json").with_name(f".model.bin.{SHA256}.part")
-    part.write_bytes(WEIGHTS)
-    hub.drops = [0] * 9  # a body would arrive empty
-    assert mini_mi.fetch(REPO, "model.bin").read_bytes() == WEIGHTS
-    assert leftovers(tmp_path) == ["config.json", "model.bin"]
+# Interrupted and damaged downloads
+
+def test_dropped_connections_are_resumed(hub, tmp_path):
+    hub.drops = [300_000, 0, 200_000]
+    assert (mini_mi.fetch(REPO, "unet") / UNET).read_bytes() == WEIGHTS
+    assert [r.range for r in hub.asked("/storage")] == [
+        None, "bytes=300000-", "bytes=300000-", "bytes=500000-"]
+    assert parts_of_files(tmp_path) == []
+
+
+def test_a_later_run_continues_the_part_at_the_same_commit(hub, tmp_path):
+    hub.drops = [100_000] + [0] * 4
+    refused("cannot fetch .*100000 of 1048576.*check the network and run it again; what came is kept")
+    assert len(parts_of_files(tmp_path)) == 1
+    folder = mini_mi.fetch(REPO, "unet")
+    assert (folder / UNET).read_bytes() == WEIGHTS and parts_of_files(tmp_path) == []
+    assert hub.asked("/api/")[1].path == f"/api/models/{REPO}/revision/{SHA}?blobs=true"
+    assert hub.requests[-1].range == "bytes=100000-"
+
+
+def test_a_server_that_ignores_range_sends_all_again(hub):
+    hub.drops, hub.ranges = [300_000], False
+    assert (mini_mi.fetch(REPO, "unet") / UNET).read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("content, match", [
+    (b"x" + WEIGHTS[1:300_000], "damaged"), (WEIGHTS + b"x", "damaged"), (WEIGHTS, None)])
+def test_an_old_part_is_verified(hub, content, match):
+    """Damaged or too long, it is deleted, and the next run begins afresh; whole, it is not fetched again."""
+    folder = mini_mi.fetch(REPO, "unet", weights=False)
+    (folder / f"{UNET}.part").write_bytes(content)
+    if match:
+        refused(match)
+    hub.drops = [0] * 5 if match is None else []
+    assert (mini_mi.fetch(REPO, "unet") / UNET).read_bytes() == WEIGHTS
+
+
+def test_a_small_file_is_not_continued(hub):
+    """It has no hash: a sign-in page of a network could have been its beginning."""
+    folder = mini_mi.fetch(REPO, "unet", weights=False)
+    hub.small["vae/config.json"] = b'{"sample_size": 16}'
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json.part").write_bytes(b"<html>")
+    assert mini_mi.model_config(REPO, "vae") == {"sample_size": 16}
+
+
+def test_wrong_content_is_refused_and_not_kept(hub, tmp_path):
+    hub.sha256 = "0" * 64
+    refused(f"{UNET} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
+    listed = hub.list_files()
+    hub.listing, hub.small["vae/config.json"] = lambda: listed, b"<html>a sign-in page</html>"
+    refused("vae/config.json arrived damaged", "vae", weights=False)
+    found = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(found) == ["config.json", "main", "model_index.json"]
+
+
+@pytest.mark.parametrize("drops", [[], [300_000, 500_000, 200_000], [0, 0, 700_000, 100_000]])
+def test_two_at_once_make_one_right_file(hub, tmp_path, drops):
+    mini_mi.fetch(REPO, "unet", weights=False)
+    hub.drops = drops
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(lambda _: mini_mi.fetch(REPO, "unet"), range(3)))
+    assert len({*folders}) == 1 and (folders[0] / UNET).read_bytes() == WEIGHTS
+
+
+def test_full_disk_and_unwritable_cache(hub, tmp_path, monkeypatch):
+    """One line; what fitted is kept, and goes on when there is room."""
+    def fill(source, target, size):
+        target.write(source.read(1 << 19))
+        raise OSError(28, "No space left on device")
+
+    folder = mini_mi.fetch(REPO, "unet", weights=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(mini_mi.shutil, "copyfileobj", fill)
+        refused(f"cannot keep .*{UNET} .No space left on device.: make room or set HF_HOME")
+    assert (mini_mi.fetch(REPO, "unet") / UNET).read_bytes() == WEIGHTS and (folder / UNET).is_file()
+    assert hub.requests[-1].range == "bytes=524288-"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    refused("cannot write .*make room")
+
+
+# Refusals
+
+def test_refusals_of_the_hub_are_told_apart(hub):
+    for status in (401, 403):
+        hub.statuses = [status]
+        refused(f"{status}.*gated one: accept its terms on its page and set HF_TOKEN")
+    hub.statuses = [404]
+    refused("404.*check the name and the revision")
+    hub.statuses = [500] * 9
+    refused("HTTP Error 500.*check the network")
+    hub.statuses = [503, 429]
+    assert (mini_mi.fetch(REPO, "unet") / UNET).is_file()  # tried again
+
+
+@pytest.mark.parametrize("answer", [
+    b"<html>", b"[]", b"{}", b'{"sha": "abc", "siblings": [{"rfilename": "x"}]}', b"\xff", b"[" * 100_000,
+    b'{"sha": "../x", "siblings": []}', b'{"sha": null, "siblings": []}',
+    b'{"sha": "abc", "siblings": [{"rfilename": "unet/config.json", "size": null}]}'])
+def test_an_answer_that_is_no_list_of_files_is_one_line(hub, answer):
+    hub.listing = lambda: answer
+    refused(r"blobs=true did not answer with a list of files .*check HF_ENDPOINT")
+
+
+@pytest.mark.parametrize("place", ["file:///etc", f"/{REPO}/resolve", "http://127.0.0.1:9"])
+def test_redirects_that_lead_nowhere_are_one_line(hub, place):
+    hub.redirect = place
+    refused(f"cannot fetch .*{UNET} ")
+
+
+def test_no_network_fails_at_once(hub, monkeypatch):
+    monkeypatch.setattr(mini_mi.time, "sleep", lambda seconds: pytest.fail("waits although nobody is there"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    refused("cannot fetch http://127.0.0.1:9.*Connection refused.*check the network")
+    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
+    refused("HF_ENDPOINT should look like")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused("snapshots/main has no unet/config.json: .*HF_HUB_OFFLINE forbids", weights=False)
 
 
 def test_no_wait_after_the_last_try(hub, monkeypatch):
     waits = []
     monkeypatch.setattr(mini_mi.time, "sleep", waits.append)
     hub.statuses = [500] * 9
-    refused("the server answered 500", name="config.json")
+    refused("500")
     assert waits == [0.5, 1, 2, 4]
+
+
+def test_no_home_folder_is_one_line_and_only_for_the_hub(hub, monkeypatch, tiny_random):
+    """As in a container that runs under a number that no user has."""
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    refused("there is no home folder .*set HF_HOME")
+    assert mini_mi.model_folder(tiny_random) == tiny_random
+    assert (mini_mi.model_folder("tiny") / "unet").is_dir()
+
+
+# Token and cache of huggingface_hub
+
+@pytest.mark.parametrize("place", ["given", "HF_HOME", "HF_TOKEN_PATH"])
+def test_the_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch, place):
+    (tmp_path / "home").mkdir()
+    if place == "given":
+        monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    file = tmp_path / ("elsewhere" if place == "HF_TOKEN_PATH" else "home/token")
+    file.write_text("hf_other" if place == "given" else "hf_secret\n")
+    if place == "HF_TOKEN_PATH":
+        monkeypatch.setenv(place, str(file))
+    hub.drops = [300_000]  # the resumed requests must not leak it either
+    mini_mi.fetch(REPO, "unet")
+    assert {(r.host, r.token) for r in hub.requests} == {
+        ("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
+    assert len(hub.asked("/again")) == 2  # redirects within the hub keep it
+
+
+@pytest.mark.parametrize("token", ["hf_abc\ndef", "hf_caf\u00e9", "hf_\u2026"])
+def test_a_token_that_cannot_be_one_is_refused(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    refused("token")
+
+
+def snapshot(cache, files):
+    """A repository as huggingface_hub keeps it: a reference to a commit, and the commit's files."""
+    store = cache / f"models--{REPO.replace('/', '--')}"
+    (store / "refs").mkdir(parents=True)
+    (store / "refs" / "main").write_text(SHA)
+    for name, content in files.items():
+        blob, link = store / "blobs" / name.replace("/", "-"), store / "snapshots" / SHA / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(blob)
+    return store / "snapshots" / SHA
+
+
+@pytest.mark.parametrize("setting, place", [("HF_HOME", "hub"), ("HF_HUB_CACHE", ".")])
+def test_what_huggingface_hub_downloaded_is_used(hub, tmp_path, monkeypatch, setting, place):
+    """Nothing is asked of the hub; a commit is found as well."""
+    monkeypatch.setenv(setting, str(tmp_path / "theirs"))
+    folder = snapshot(tmp_path / "theirs" / place, hub.files)
+    hub.small, hub.large = {}, {}
+    assert mini_mi.model_folder(REPO) == mini_mi.model_folder(f"{REPO}@{folder.name}") == folder
+    assert hub.requests == []
+
+
+def test_a_snapshot_that_lacks_a_file_is_completed_at_its_commit(hub, tmp_path):
+    files = {name: content for name, content in hub.files.items() if name != "vae/config.json"}
+    folder = snapshot(tmp_path / "home" / "hub", files)
+    assert mini_mi.fetch(REPO, "unet") == folder and hub.requests == []
+    assert mini_mi.model_folder(REPO) == folder and (folder / "vae" / "config.json").read_bytes() == b"{}"
+    assert [r.path for r in hub.requests] == [
+        f"/api/models/{REPO}/revision/{SHA}?blobs=true", f"/{REPO}/resolve/{SHA}/vae/config.json",
+        f"/again/{SHA}/vae/config.json"]

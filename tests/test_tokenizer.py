@@ -151,6 +151,42 @@ def test_tokenizer_json_alone(folder, tmp_path, merges):
     assert_equal_to_transformers(tmp_path / "saved", [*NASTY, *random_strings(50)], 77)
 
 
+@pytest.mark.parametrize("layout", ["tokenizer.json", "added_tokens.json"])
+def test_added_tokens_are_one_token_each(folder, tmp_path, layout):
+    """Tokens of textual inversion, of which one begins like another, in the files of two generations."""
+    names = ["<my-dog>", "<My-Cat>", "<my-dog>-2", "sks"]
+    reference = transformers.CLIPTokenizer.from_pretrained(folder)
+    reference.add_tokens(names)
+    ids = dict(zip(names, range(len(reference) - 4, len(reference))))
+    if layout == "tokenizer.json":
+        reference.save_pretrained(tmp_path / "saved")
+    else:
+        shutil.copytree(folder, tmp_path / "saved")
+        (tmp_path / "saved" / layout).write_text(json.dumps(ids))
+    ours = mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "saved")
+    row = ours(["a <my-dog>, <MY-CAT>s <my-dog>-2"])[0].tolist()
+    assert [n for n in row if n in ids.values()] == [ids[name] for name in names[:3]]
+    assert_equal_to_transformers(tmp_path / "saved", [
+        "a <my-dog> runs", "<my-dog>s", "x<my-dog><my-dog>", "<My-Dog>", "a <my-cat>", "<my-dog>-2",
+        "<my-dog>-", "sks", "SKS dog", "asksb", "< my-dog >", *NASTY], 77)
+
+
+@pytest.mark.parametrize("number", [None, -1, "7", 1.5])
+def test_a_token_without_a_number_is_refused_at_load(tmp_path, number):
+    vocab, merges = train_bpe("wow", 1)
+    write_tokenizer(tmp_path / "t", {**vocab, "w": number}, merges, 9)
+    with pytest.raises(mini_mi.UserError, match="cannot be the number of a token, as it is of 'w'"):
+        mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "t")
+
+
+def test_a_token_that_the_text_encoder_does_not_know_is_refused(tmp_path, tiny_random):
+    """Not by an index out of range when a prompt has it."""
+    model = shutil.copytree(tiny_random, tmp_path / "model")
+    (model / "tokenizer" / "added_tokens.json").write_text('{"<dog>": 10000}')
+    with pytest.raises(mini_mi.UserError, match="tokenizer has a token of number 10000, and the text "):
+        mini_mi.load_models(model)
+
+
 @pytest.mark.parametrize("told, length", [(None, 77), (int(1e30), 77), (1e30, 77), (24, 24), (24.0, 24)])
 def test_length(folder, tmp_path, told, length):
     """Without one, or with the number by which transformers says that there is none, CLIP's 77 is taken."""
