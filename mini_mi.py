@@ -1320,19 +1320,13 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool}
 
 
-def file_bytes(path):
-    """All bytes of a file as a uint8 tensor. Mapped, so that pages load when they are used; not shared, so
-    that writing into it does not change the file. Read as a whole where a file system maps no files."""
-    try:
-        return torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
-    except RuntimeError:
-        return torch.from_numpy(np.fromfile(path, np.uint8))
-
-
 def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
-        data = file_bytes(path)
+        try:   # mapped: pages load when they are used; not shared: writing into it does not change the file
+            data = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+        except RuntimeError:                                       # a file system that maps no files
+            data = torch.from_numpy(np.fromfile(path, np.uint8))
         start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
         header, data, tensors, position = json.loads(data[8:start].numpy().tobytes()), data[start:], {}, 0
         metadata = header.pop("__metadata__", {})
@@ -1361,7 +1355,7 @@ def load_tensors(path):
     with built_from(path, "was refused: it is damaged, or holds code or objects beside a dict of tensors"):
         try:
             tensors = load(mmap=zipfile.is_zipfile(path))
-        except RuntimeError:                                                # as in file_bytes
+        except RuntimeError:                                       # a file system that maps no files
             tensors = load()
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
@@ -1412,11 +1406,13 @@ def weight_files(names, stem):
     fault = f"no weights, such as {stem}.safetensors"
     for base, kind in ((stem, "safetensors"), (pickled, "bin")):
         for form in ("{}.{}", "{}-#.{}", "{}.fp16.{}", "{}.fp16-#.{}", "{}-#.fp16.{}"):
+            # Pieces carry n-of-N, which # stands for.
             pattern = re.escape(form.format(base, kind)).replace(r"\#", r"\d+-of-(\d+)")
             found = [match for match in (re.fullmatch(pattern, name) for name in sorted(names)) if match]
             if found and ("#" not in form or all(int(match[1]) == len(found) for match in found)):
                 return [match[0] for match in found]
-            fault = f"{len(found)} of {found[0][1]} files such as {found[0][0]}" if found else fault
+            if found:
+                fault = f"only {len(found)} of {int(found[0][1])} files such as {found[0][0]}"
     raise UserError(f"{fault}: this is no whole model in diffusers layout")
 
 

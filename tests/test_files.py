@@ -285,7 +285,7 @@ def test_a_missing_shard_is_told(tmp_path, tiny_random):
     folder = shutil.copytree(tiny_random / "unet", tmp_path / "unet")
     rewrite(folder, "-")
     next(folder.glob("*-00002-*")).unlink()
-    with pytest.raises(mini_mi.UserError, match="unet: 2 of 00003 files such as .*-00001-of-00003.safe"):
+    with pytest.raises(mini_mi.UserError, match="unet: only 2 of 3 files such as .*-00001-of-00003.safe"):
         load_part(folder, "unet")
 
 

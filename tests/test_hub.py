@@ -8,6 +8,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
 
 import mini_mi
@@ -133,6 +134,8 @@ def test_a_model_is_fetched_by_one_list_safetensors_first_and_works_offline(hub,
     assert mini_mi.model_folder(REPO) == folder
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert mini_mi.model_folder(REPO) == mini_mi.model_folder(f"{REPO}@{SHA}") == folder
+    theirs = huggingface_hub.snapshot_download(REPO, cache_dir=folder.parents[2], local_files_only=True)
+    assert theirs == str(folder)                             # the library of that cache finds it as well
 
 
 def test_an_alias_names_its_repository(hub):
@@ -178,7 +181,7 @@ def test_a_repository_that_lacks_a_file_is_refused_before_any_download(hub, lost
 
 def test_a_repository_without_weights_or_with_some_of_them_is_refused(hub):
     hub.large = {"unet/diffusion_pytorch_model-00002-of-00003.safetensors": WEIGHTS}
-    refused("1 of 00003 files such as unet/diffusion_pytorch_model-00002-of-00003.safetensors: this is no ")
+    refused("only 1 of 3 files such as unet/diffusion_pytorch_model-00002-of-00003.safetensors: this is no ")
     hub.large = {"unet/diffusion_pytorch_model.non_ema.safetensors": WEIGHTS}
     refused("no weights, such as unet/diffusion_pytorch_model.safetensors")
 
