@@ -1506,10 +1506,8 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
 
 # ---- Hub: files of a repository, fetched into the cache of huggingface_hub, which can use them as well
 
-# Errors that are worth a retry.
+# Errors of the network, of which many are over a moment later.
 NETWORK_ERRORS = ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException, ssl.SSLError
-GATED = "no such repository, or a gated one: accept its terms on its page and set HF_TOKEN"
-NO_RETRY = {401: GATED, 403: GATED, 404: "check the name and the revision of the repository"}
 
 
 def needed_files(listed, parts, weights):
@@ -1539,10 +1537,7 @@ def needed_files(listed, parts, weights):
 def hub_path(variable, below):
     """A place of huggingface_hub: what the environment says, or `below` the folder of all its files."""
     home = os.environ.get("HF_HOME") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
-    try:
-        return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
-    except RuntimeError as error:
-        raise UserError("there is no home folder to keep downloads in: set HF_HOME to a folder") from error
+    return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -1555,53 +1550,28 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return following
 
 
-def hub_open(url, **headers):
-    """The open answer of the hub. Other hosts, to which it sends on for large files, do not see the token."""
+def hub_open(path, **headers):
+    """The hub's open answer to a GET. Other hosts, to which it sends on for large files, see no token."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN", "").strip()
-    with contextlib.suppress(OSError, UnicodeDecodeError):                # what `hf auth login` stored
+    with contextlib.suppress(OSError, RuntimeError, UnicodeDecodeError):  # what `hf auth login` stored
         token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8").strip()
-    if not re.fullmatch("[!-~]*", token):
-        raise UserError("the hub's token has characters that no token has: check HF_TOKEN, or the token file")
-    request = urllib.request.Request(url, headers=headers)
+    if not endpoint.startswith(("http://", "https://")) or not re.fullmatch("[!-~]*", token):
+        raise UserError("HF_ENDPOINT should look like https://huggingface.co, and a token (HF_TOKEN, or the "
+                        "file of `hf auth login`) has letters, digits and signs alone")
+    request = urllib.request.Request(f"{endpoint}/{path}", headers=headers)
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     return urllib.request.build_opener(Redirects).open(request, timeout=30)
 
 
-def retried(job, url, *arguments):
-    """job(url, ...), again where the network fails. UserError: in vain, refused, not there, disk full."""
-    for wait in (0.5, 1, 2, 4, None):
-        try:
-            return job(url, *arguments)
-        except NETWORK_ERRORS as error:
-            status = getattr(error, "code", None)
-            # At once where there is no way to the hub at all: waiting would only delay the message.
-            no_way = wait == 0.5 and isinstance(error, urllib.error.URLError) and not status
-            if wait is None or status in NO_RETRY or no_way:
-                problem = one_line(error if status else getattr(error, "reason", error))
-                advice = NO_RETRY.get(status, "check the network and run it again; what came is kept")
-                raise UserError(f"cannot fetch {url} ({problem}): {advice}") from error
-            time.sleep(wait)
-        except OSError as error:
-            raise UserError(f"cannot keep {url} ({one_line(error)}): make room or set HF_HOME") from error
-
-
-def list_files(url):
-    """The hub's answer on a revision -> (its commit, {file name: (size, SHA-256, or None if it is small)})"""
-    with hub_open(url) as answer:
-        content = answer.read()
-    with built_from(url, "did not answer with a list of files", "check HF_ENDPOINT"):
-        found = json.loads(content)
-        return re.fullmatch(r"\w+", found["sha"])[0], {
-            file["rfilename"]: (int(file["size"]), (file.get("lfs") or {}).get("sha256"))
-            for file in found["siblings"]}
-
-
-def download(url, target, size, sha256):
-    """Bring `url` to `target` by way of a part file, which a later call continues; check size and hash.
+def download(path, target, size, sha256):
+    """Bring `path` of the hub to `target` by way of a part, which a later call continues; check the content.
 
     Processes may do this at once: they write the same bytes to the same places, and none shortens the part.
     """
+    if target.is_file():
+        return
     part, digest = target.with_name(f"{target.name}.part"), hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
@@ -1609,20 +1579,19 @@ def download(url, target, size, sha256):
         begin = file.seek(0, os.SEEK_END) if sha256 else 0       # without a hash it could be anything
         if begin < size:                                         # else: ended before the check below
             asked = {"Range": f"bytes={begin}-"} if begin else {}
-            with hub_open(url, **asked) as answer, tqdm.wrapattr(
+            with hub_open(path, **asked) as answer, tqdm.wrapattr(
                     file, "write", size, initial=begin, desc=target.name, disable=not sha256) as watched:
                 file.seek(begin if answer.status == 206 else 0)  # 200: a server that sends all of it
                 shutil.copyfileobj(answer, watched, 1 << 20)
-                end = file.tell()
-            if end < size:
-                raise ConnectionError(f"the connection ended at byte {end} of {size}")
+            if file.tell() < size:
+                raise ConnectionError(f"the connection ended at byte {file.tell()} of {size}")
         file.seek(0)
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
         whole = file.tell() == size and sha256 in (None, digest.hexdigest())
     if not whole:
         part.unlink(missing_ok=True)
-        raise UserError(f"{url} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
+        raise UserError(f"{path} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
     if not target.is_file():                                     # else another process was faster
         os.replace(part, target)
 
@@ -1639,33 +1608,49 @@ def fetch(repo, *parts, weights=True):
     repo, revision = ALIASES.get(repo, repo), revision or "main"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*", f"{repo}@{revision}") or ".." in revision:
         raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name[@revision])")
-    store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
-    reference = store / "refs" / revision                        # holds the commit that it was
-    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
-    folder = store / "snapshots" / commit
     try:
-        here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        needed_files(here, parts, weights)
+        store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
+        reference = store / "refs" / revision                    # holds the commit that it was
+        commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
+        folder = store / "snapshots" / commit
+        try:
+            here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            needed_files(here, parts, weights)
+            return folder
+        except UserError as lack:
+            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+                raise UserError(f"{folder} has {lack}; HF_HUB_OFFLINE forbids to fetch it: unset it, or "
+                                "check HF_HOME and HF_HUB_CACHE") from lack
+        with hub_open(f"api/models/{repo}/revision/{quote(commit, safe='')}?blobs=true") as answer:
+            content = answer.read()
+        with built_from(f"the hub's answer on {repo}", "is no list of files", "check HF_ENDPOINT"):
+            found = json.loads(content)
+            sha = re.fullmatch(r"\w+", found["sha"])[0]
+            files = {file["rfilename"]: (int(file["size"]), (file.get("lfs") or {}).get("sha256"))
+                     for file in found["siblings"]}              # small files have no SHA-256 there
+        with built_from(repo):
+            names = needed_files(files, parts, weights)
+        if sha != commit:
+            with atomic_write(reference) as temporary:
+                temporary.write_text(sha)
+        folder = store / "snapshots" / sha
+        for name in names:
+            for wait in (0.5, 1, 2, 4, 0):
+                try:
+                    download(f"{repo}/resolve/{sha}/{quote(name)}", folder / name, *files[name])
+                    break
+                except NETWORK_ERRORS as error:
+                    if not wait or getattr(error, "code", 500) < 500:
+                        raise
+                    time.sleep(wait)
         return folder
-    except UserError as lack:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise UserError(f"{folder} has {lack}; HF_HUB_OFFLINE forbids to fetch it: unset it, or check "
-                            "HF_HOME and HF_HUB_CACHE") from lack
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not endpoint.startswith(("http://", "https://")):
-        raise UserError(f"{endpoint} is no web address: HF_ENDPOINT should look like https://huggingface.co")
-    url = f"{endpoint}/api/models/{repo}/revision/{quote(commit, safe='')}?blobs=true"
-    sha, files = retried(list_files, url)
-    if sha != commit:
-        with atomic_write(reference) as temporary:
-            temporary.write_text(sha)
-    with built_from(f"{endpoint}/{repo}"):
-        names = needed_files(files, parts, weights)
-    folder = store / "snapshots" / sha
-    for name in names:
-        if not (folder / name).is_file():
-            retried(download, f"{endpoint}/{repo}/resolve/{sha}/{quote(name)}", folder / name, *files[name])
-    return folder
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        status = getattr(error, "code", None)
+        advice = ("no such repository, or a gated one: accept its terms on its page and set HF_TOKEN"
+                  if status in (401, 403) else "check the name and the revision" if status == 404
+                  else "check the network and run it again; what came is kept"
+                  if isinstance(error, NETWORK_ERRORS) else "make room or set HF_HOME to another folder")
+        raise UserError(f"cannot fetch {repo} ({one_line(error)}): {advice}") from error
 
 
 # ---- Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else

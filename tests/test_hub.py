@@ -42,6 +42,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(hub.statuses.pop(0))
         if self.path.startswith("/api/models/"):
             return self.answer(200, hub.listing() if hub.listing else hub.list_files())
+        if hub.troubles:
+            return self.answer(hub.troubles.pop(0))
         if start not in (f"/{REPO}/resolve", "/again", "/storage") or name not in hub.files:
             return self.answer(404)
         if start.endswith("/resolve"):
@@ -68,7 +70,8 @@ class Server(http.server.ThreadingHTTPServer):
                       "vae/diffusion_pytorch_model.safetensors": WEIGHTS,
                       "vae/diffusion_pytorch_model.bin": WEIGHTS, "unet/diffusion_pytorch_model.bin": WEIGHTS,
                       "unet/diffusion_pytorch_model.non_ema.safetensors": WEIGHTS, "unet/model.onnx": WEIGHTS}
-        self.requests, self.drops, self.statuses, self.ranges, self.sha = [], [], [], True, SHA
+        self.requests, self.drops, self.ranges, self.sha = [], [], True, SHA
+        self.statuses, self.troubles = [], []  # answers in place of the next, or of the next files
         self.sha256, self.listing = hashlib.sha256(WEIGHTS).hexdigest(), None
         self.redirect = "http://localhost:{port}/storage"  # for a client another host than 127.0.0.1
 
@@ -139,7 +142,7 @@ def test_a_model_is_fetched_by_one_list_safetensors_first_and_works_offline(hub,
 
 
 def test_an_alias_names_its_repository(hub):
-    refused("cerspense/zeroscope_v2_576w/resolve.*404", repo="zeroscope")
+    refused("cannot fetch cerspense/zeroscope_v2_576w .*404", repo="zeroscope")
     assert mini_mi.local_folder("zeroscope") is None
 
 
@@ -271,12 +274,12 @@ def test_full_disk_and_unwritable_cache(hub, tmp_path, monkeypatch):
     folder = mini_mi.fetch(REPO, "unet", weights=False)
     with monkeypatch.context() as patch:
         patch.setattr(mini_mi.shutil, "copyfileobj", fill)
-        refused(f"cannot keep .*{UNET} .No space left on device.: make room or set HF_HOME")
+        refused(f"cannot fetch {REPO} .No space left on device.: make room or set HF_HOME")
     assert (mini_mi.fetch(REPO, "unet") / UNET).read_bytes() == WEIGHTS and (folder / UNET).is_file()
     assert hub.requests[-1].range == "bytes=524288-"
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
-    refused("cannot write .*make room")
+    refused("Not a directory.*make room")
 
 
 # Refusals
@@ -284,12 +287,14 @@ def test_full_disk_and_unwritable_cache(hub, tmp_path, monkeypatch):
 def test_refusals_of_the_hub_are_told_apart(hub):
     for status in (401, 403):
         hub.statuses = [status]
-        refused(f"{status}.*gated one: accept its terms on its page and set HF_TOKEN")
+        refused(f"HTTP Error {status}.*gated one: accept its terms on its page and set HF_TOKEN")
     hub.statuses = [404]
     refused("404.*check the name and the revision")
-    hub.statuses = [500] * 9
+    hub.statuses = [500]
     refused("HTTP Error 500.*check the network")
-    hub.statuses = [503, 429]
+    hub.troubles = [403]  # the list may be had of a gated model, and its files not
+    refused("HTTP Error 403.*gated one")
+    hub.troubles = [503, 502]
     assert (mini_mi.fetch(REPO, "unet") / UNET).is_file()  # tried again
 
 
@@ -299,19 +304,19 @@ def test_refusals_of_the_hub_are_told_apart(hub):
     b'{"sha": "abc", "siblings": [{"rfilename": "unet/config.json", "size": null}]}'])
 def test_an_answer_that_is_no_list_of_files_is_one_line(hub, answer):
     hub.listing = lambda: answer
-    refused(r"blobs=true did not answer with a list of files .*check HF_ENDPOINT")
+    refused(f"the hub's answer on {REPO} is no list of files .*check HF_ENDPOINT")
 
 
 @pytest.mark.parametrize("place", ["file:///etc", f"/{REPO}/resolve", "http://127.0.0.1:9"])
 def test_redirects_that_lead_nowhere_are_one_line(hub, place):
     hub.redirect = place
-    refused(f"cannot fetch .*{UNET} ")
+    refused(f"cannot fetch {REPO} .*check the network")
 
 
 def test_no_network_fails_at_once(hub, monkeypatch):
     monkeypatch.setattr(mini_mi.time, "sleep", lambda seconds: pytest.fail("waits although nobody is there"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    refused("cannot fetch http://127.0.0.1:9.*Connection refused.*check the network")
+    refused(f"cannot fetch {REPO} .*Connection refused.*check the network")
     monkeypatch.setenv("HF_ENDPOINT", "nonsense")
     refused("HF_ENDPOINT should look like")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -321,7 +326,7 @@ def test_no_network_fails_at_once(hub, monkeypatch):
 def test_no_wait_after_the_last_try(hub, monkeypatch):
     waits = []
     monkeypatch.setattr(mini_mi.time, "sleep", waits.append)
-    hub.statuses = [500] * 9
+    hub.troubles = [500] * 9
     refused("500")
     assert waits == [0.5, 1, 2, 4]
 
@@ -330,7 +335,7 @@ def test_no_home_folder_is_one_line_and_only_for_the_hub(hub, monkeypatch, tiny_
     """As in a container that runs under a number that no user has."""
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    refused("there is no home folder .*set HF_HOME")
+    refused("home directory.*set HF_HOME")
     assert mini_mi.model_folder(tiny_random) == tiny_random
     assert (mini_mi.model_folder("tiny") / "unet").is_dir()
 
