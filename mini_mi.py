@@ -1433,11 +1433,19 @@ def load_module(build, folder, stem, device, dtype):
     with built_from(folder):
         paths = [folder / name for name in weight_files(os.listdir(folder), stem)]
     expected, tensors = module.state_dict(), {}
-    for key, value in (item for path in paths for item in load_tensors(path).items()):
-        key = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
-                     lambda match: OLD_ATTENTION[match[0]], key)
-        prefix = "text_model." if f"text_model.{key}" in expected else ""       # transformers 5 leaves it out
-        if not key.endswith(".position_ids"):          # a constant 0, 1, 2, ... that old text encoders store
+    for path in paths:
+        for key, value in load_tensors(path).items():
+            if key.endswith(".position_ids"):      # a constant 0, 1, 2, ... that old text encoders store
+                continue
+            # Every tool that writes 8-bit weights keeps their scales in a way of its own.
+            if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                raise UserError(f"{path} holds {str(value.dtype).removeprefix('torch.')} numbers in {key}, "
+                                "which cannot be used here: get its float16 or float32 weights")
+            if not value.isfinite().all():
+                raise UserError(f"{path} has values that are not finite in {key}; get the file again")
+            key = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
+                         lambda match: OLD_ATTENTION[match[0]], key)
+            prefix = "text_model." if f"text_model.{key}" in expected else ""   # transformers 5 leaves it out
             tensors[prefix + key] = value
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
@@ -1445,13 +1453,6 @@ def load_module(build, folder, stem, device, dtype):
         raise UserError(f"{paths[0]} does not fit its config.json: {len(missing)} tensors missing "
                         f"{missing[:2]}, {len(extra)} unknown {extra[:2]}, {len(wrong)} of another shape "
                         f"{wrong[:2]}")
-    for key, value in tensors.items():
-        # Every tool that writes 8-bit weights keeps their scales in a way of its own.
-        if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{paths[0]} holds {str(value.dtype).removeprefix('torch.')} numbers in {key}, "
-                            "and these cannot be used here: get its float16 or float32 weights")
-        if not value.isfinite().all():
-            raise UserError(f"{paths[0]} has values that are not finite in {key}; get the file again")
     module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
     parameters = sum(v.numel() for v in tensors.values())
     print(f"loaded {len(tensors)} tensors, {parameters:,} parameters: {folder.name}")
@@ -1497,10 +1498,10 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     text_encoder, vae, unet = (
         load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
         for part, (build, stem) in PARTS.items())
-    last, known = max(tokenizer.vocab.values()), text_encoder.text_model.embeddings.token_embedding
-    if last >= known.num_embeddings:
+    last, embedding = max(tokenizer.vocab.values()), text_encoder.text_model.embeddings.token_embedding
+    if last >= embedding.num_embeddings:
         raise UserError(f"{folder / 'tokenizer'} has a token of number {last}, and the text encoder knows "
-                        f"{known.num_embeddings} tokens: take both from one model")
+                        f"{embedding.num_embeddings} tokens: take both from one model")
     return Models(tokenizer, text_encoder, vae, unet, scheduler)
 
 

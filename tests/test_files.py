@@ -296,7 +296,7 @@ def test_8_bit_weights_are_refused_by_their_format(tmp_path, tiny_random, name, 
     folder = shutil.copytree(tiny_random / "unet", tmp_path / "unet")
     whole, = folder.glob("*.safetensors")
     tensors = {k: v.to(getattr(torch, name)) if v.dim() > 1 else v.clone()
-               for k, v in mini_mi.load_tensors(whole).items()}
+               for k, v in mini_mi.load_tensors(whole).items()} | {"scaled": torch.ones(1)}
     whole.unlink()
     path = whole.with_suffix(f".{kind}")
     torch.save(tensors, path) if kind == "bin" else mini_mi.save_safetensors(path, tensors)
