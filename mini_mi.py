@@ -1498,10 +1498,11 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     text_encoder, vae, unet = (
         load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
         for part, (build, stem) in PARTS.items())
-    last, embedding = max(tokenizer.vocab.values()), text_encoder.text_model.embeddings.token_embedding
-    if last >= embedding.num_embeddings:
-        raise UserError(f"{folder / 'tokenizer'} has a token of number {last}, and the text encoder knows "
-                        f"{embedding.num_embeddings} tokens: take both from one model")
+    embeddings, last = text_encoder.text_model.embeddings, max(tokenizer.vocab.values())
+    known, length = embeddings.token_embedding.num_embeddings, embeddings.position_embedding.num_embeddings
+    if last >= known or tokenizer.length > length:
+        raise UserError(f"{folder / 'tokenizer'} gives {tokenizer.length} tokens, of numbers up to {last}; the "
+                        f"text encoder takes {length} below {known}: get both from one model")
     return Models(tokenizer, text_encoder, vae, unet, scheduler)
 
 

@@ -179,11 +179,14 @@ def test_a_token_without_a_number_is_refused_at_load(tmp_path, number):
         mini_mi.CLIPTokenizer.from_pretrained(tmp_path / "t")
 
 
-def test_a_token_that_the_text_encoder_does_not_know_is_refused(tmp_path, tiny_random):
-    """Not by an index out of range when a prompt has it."""
+@pytest.mark.parametrize("name, content, match", [
+    ("added_tokens.json", '{"<dog>": 10000}', "gives 16 tokens, of numbers up to 10000"),
+    ("tokenizer_config.json", '{"model_max_length": 77}', "gives 77 tokens.*; the text encoder takes 16 ")])
+def test_a_tokenizer_of_another_text_encoder_is_refused(tmp_path, tiny_random, name, content, match):
+    """At load, and not by an index out of range when a prompt is encoded."""
     model = shutil.copytree(tiny_random, tmp_path / "model")
-    (model / "tokenizer" / "added_tokens.json").write_text('{"<dog>": 10000}')
-    with pytest.raises(mini_mi.UserError, match="tokenizer has a token of number 10000, and the text "):
+    (model / "tokenizer" / name).write_text(content)
+    with pytest.raises(mini_mi.UserError, match=match):
         mini_mi.load_models(model)
 
 
