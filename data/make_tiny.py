@@ -1,14 +1,15 @@
-"""Trains the embedded text-to-video model, data/tiny, on the tiny world of world.py.
+"""Trains the two embedded text-to-video models, data/tiny and data/tiny16, on the tiny world of world.py.
 
-    python data/make_tiny.py                    all stages, one after the other; states in out/tiny
-    python data/make_tiny.py --stage vae        one of them
-    python data/make_tiny.py --check            measures what was reached, some minutes (check_tiny.py)
+    python data/make_tiny.py                    all stages of data/tiny, in turn; states in out/tiny
+    python data/make_tiny.py --model tiny16     the same for data/tiny16, with tiny's text tower and judge
+    python data/make_tiny.py --stage vae        one stage
+    python data/make_tiny.py --check            measures both models, some minutes (check_tiny.py)
 
 Every stage writes its state twice a minute and goes on from it after an interruption, to the same weights
-as without one. A stage that starts without a state begins from data/tiny if that is there (`--fresh`: from
-random weights), so later sittings, each with a `--work` folder of its own, improve on earlier ones. A stage
-ends by writing its part of data/tiny and drawing data/curves.png anew. data/README.md tells why each is as it
-is.
+as without one. A stage that starts without a state begins from the model folder's weights if there are any
+(`--fresh`: from random ones), so later sittings, each with a `--work` folder of its own, improve on earlier
+ones. A stage ends by writing its part of the model folder and drawing the curves anew. data/README.md tells
+why each is as it is.
 
     vae      the autoencoder                    L1 + MSE + 1e-5 KL, latents linear in colour, on single frames
     clip     tiny CLIP, whose text tower is     contrastive: which caption belongs to which frame
@@ -20,8 +21,11 @@ is.
 
 import argparse
 import copy
+import itertools
 import json
 import math
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,20 +45,27 @@ import world                                                                    
 
 TINY = HERE / "tiny"
 
-VAE = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4,
-           block_out_channels=[16, 32, 64, 64], down_block_types=["DownEncoderBlock2D"] * 4,
-           up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=8, sample_size=64,
-           act_fn="silu", scaling_factor=1.0)
+# Two geometries: seed, widths of the autoencoder, levels of the UNet (kind, width) from the finest on. In the
+# second, embeddings lie one level further in than the latents, as they do in public models.
+GEOMETRIES = {
+    "tiny":   (0, (16, 32, 64, 64), (("CrossAttnDownBlock3D", 64), ("DownBlock3D", 128))),
+    "tiny16": (1, (16, 32, 64), (("DownBlock3D", 32), ("CrossAttnDownBlock3D", 64), ("DownBlock3D", 128))),
+}
+SHARED = ("tokenizer", "text_encoder", "clip")       # tiny's own; tiny16 has copies, so both are judged alike
+# mini_mi.json: what each model is best used with.
+USE = dict(world=True, frames=world.FRAMES, size=f"{world.SIZE}x{world.SIZE}", fps=world.FPS, batch=1,
+           loss="mse", sample_steps=25, guidance=1.5, noise_prior=0.5,
+           eval=dict(sample_steps=15, invert_steps=25))
+SETTINGS = {
+    "tiny":   dict(USE, steps=300, lr=0.2, lr_schedule="cosine", t_min=0.4),
+    "tiny16": dict(USE, steps=350, lr=0.02, lr_schedule="constant", t_min=0.0),
+}
 TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
             projection_dim=64, max_position_embeddings=24, hidden_act="quick_gelu", layer_norm_eps=1e-5,
             model_type="clip_text_model")
 VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
               projection_dim=64, image_size=64, patch_size=8, num_channels=3, hidden_act="quick_gelu",
               layer_norm_eps=1e-5, model_type="clip_vision_model")
-UNET = dict(_class_name="UNet3DConditionModel", sample_size=8, in_channels=4, out_channels=4,
-            down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
-            up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"], block_out_channels=[64, 128],
-            layers_per_block=1, cross_attention_dim=128, attention_head_dim=16, norm_num_groups=32)
 SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                  beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
                  prediction_type="v_prediction", timestep_spacing="leading", rescale_betas_zero_snr=False)
@@ -72,9 +83,26 @@ STAGES = {
     "clips8": (800, 16, 1e-3),
     "clips":  (10000, 8, 7e-4),
 }
+POOLS = 10             # each model's pools of clips have ten seeds of their own
 LINEAR = 0.05          # weight of 1 - R2 in the autoencoder's loss, see linear_fit
 SAVE_EVERY = 30        # seconds between two states of a stage
 EMPTY = 0.1            # share of empty captions: guidance and the empty-prompt inversion need them
+
+
+def configs(name):
+    """config.json of a model's autoencoder and of its UNet, whose way up mirrors the way down."""
+    _, widths, levels = GEOMETRIES[name]
+    vae = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4,
+               block_out_channels=list(widths), down_block_types=["DownEncoderBlock2D"] * len(widths),
+               up_block_types=["UpDecoderBlock2D"] * len(widths), layers_per_block=1, norm_num_groups=8,
+               sample_size=world.SIZE, act_fn="silu", scaling_factor=1.0)
+    kinds, channels = map(list, zip(*levels))
+    unet = dict(_class_name="UNet3DConditionModel", sample_size=world.SIZE // 2 ** (len(widths) - 1),
+                in_channels=4, out_channels=4, down_block_types=kinds,
+                up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
+                block_out_channels=channels, layers_per_block=1, cross_attention_dim=128,
+                attention_head_dim=16, norm_num_groups=32)
+    return vae, unet
 
 
 def pool(count, seed, motions=world.TRAIN_MOTIONS):
@@ -87,6 +115,12 @@ def pool(count, seed, motions=world.TRAIN_MOTIONS):
 def pixels(frames, device):
     """uint8 (N,64,64,3) -> float (N,3,64,64) in [-1,1]"""
     return frames.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def autocast(device):
+    """bfloat16 where it is fast: a CPU without instructions for it takes ten times as long as in float32."""
+    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def psnr(a, b):
@@ -126,7 +160,7 @@ def train(stage, model, loss_of, args, watch=None):
         # From a shrinking rate of change to none: 3 % warm-up, then half a cosine down to 2 % of the peak.
         warm, rest = min(1, (step + 1) / (0.03 * steps)), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = peak * warm * (0.02 + 0.98 * rest)
-        loss, numbers = loss_of(model, step, torch.Generator().manual_seed(step))
+        loss, numbers = loss_of(model, step, torch.Generator().manual_seed(args.seed * 1_000_000 + step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -158,13 +192,13 @@ def coloured_pool(count, seed, share=0.5):
 
 
 def linear_fit(z, x):
-    """R2 of the best affine map from latents z (N,4,8,8) to the mean RGB of their blocks of x (N,3,64,64).
+    """R2 of the best affine map from latents z (N,4,H,W) to the mean RGB of their blocks of x (N,3,64,64).
 
     One minus it is a term of the loss: latents of real models are nearly linear in colour, since these have
     seen all colours. An autoencoder that has seen few places each wherever it likes.
     """
+    y = F.avg_pool2d(x, x.shape[-1] // z.shape[-1]).permute(0, 2, 3, 1).flatten(0, 2)
     z = z.float().permute(0, 2, 3, 1).flatten(0, 2)
-    y = F.avg_pool2d(x, x.shape[-1] // 8).permute(0, 2, 3, 1).flatten(0, 2)
     z, y = z - z.mean(0), y - y.mean(0)
     slope = torch.linalg.solve(z.T @ z + 1e-4 * len(z) * torch.eye(z.shape[1], device=z.device), z.T @ y)
     return 1 - (y - z @ slope).square().sum() / y.square().sum()
@@ -172,16 +206,16 @@ def linear_fit(z, x):
 
 def train_vae(args):
     """Pictures to latents and back, on single frames of the training motions in colours of all kinds."""
-    frames = coloured_pool(4 * args.pool, seed=1)
-    held, _ = pool(16, seed=2, motions=world.HELDOUT_MOTIONS)
+    frames = coloured_pool(4 * args.pool, seed=POOLS * args.seed + 1)
+    held, _ = pool(16, seed=POOLS * args.seed + 2, motions=world.HELDOUT_MOTIONS)
     held = pixels(held[:, ::5].flatten(0, 1), args.device)
-    batch = STAGES["vae"][1]
-    model = load_part(args, mini_mi.AutoencoderKL(VAE), "vae").to(args.device)
+    batch, (config, _) = args.batch or STAGES["vae"][1], configs(args.model)
+    model = load_part(args, mini_mi.AutoencoderKL(config), "vae").to(args.device)
 
     def loss_of(model, step, generator):
         """One batch: its loss, and what goes to the log."""
         x = pixels(frames[torch.randint(len(frames), (batch,), generator=generator)], args.device)
-        with torch.autocast(args.device.type, torch.bfloat16):
+        with autocast(args.device):
             mean, logvar = model.encode(x)
             z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(mean)
             y = model.decode(z).float()
@@ -205,7 +239,7 @@ def train_vae(args):
     with torch.no_grad():                        # the diffusion model wants latents of standard deviation 1
         some = pixels(frames[::97], args.device).split(64)
         spread = torch.cat([model.encode(x)[0] for x in some]).std().item()
-    write_part(args, "vae", model, {**VAE, "scaling_factor": round(1 / spread, 5)})
+    write_part(args, "vae", model, {**config, "scaling_factor": round(1 / spread, 5)})
 
 
 def make_tokenizer(folder):
@@ -218,17 +252,18 @@ def make_tokenizer(folder):
     words = {}
     for caption in world.all_captions():
         for word in caption.split():
-            pieces = (*word[:-1], word[-1] + "</w>")
+            pieces = " ".join(word) + "</w>"
             words[pieces] = words.get(pieces, 0) + 1
     merges = []
-    while any(len(pieces) > 1 for pieces in words):
+    while any(" " in pieces for pieces in words):
         pairs = {}
         for pieces, count in words.items():
-            for pair in zip(pieces, pieces[1:]):
+            for pair in itertools.pairwise(pieces.split()):
                 pairs[pair] = pairs.get(pair, 0) + count
         best = max(sorted(pairs), key=pairs.get)
         merges.append(best)
-        words = {_merge(pieces, best): count for pieces, count in words.items()}
+        whole = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")       # not ends of other pieces
+        words = {whole.sub("".join(best), pieces): count for pieces, count in words.items()}
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), *SPECIAL.values()]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     write_json(folder / "vocab.json", vocab)
@@ -239,15 +274,6 @@ def make_tokenizer(folder):
                dict(SPECIAL, model_max_length=TEXT["max_position_embeddings"],
                     tokenizer_class="CLIPTokenizer"))
     return mini_mi.CLIPTokenizer.from_pretrained(folder), vocab
-
-
-def _merge(pieces, pair):
-    merged, i = [], 0
-    while i < len(pieces):
-        join = pieces[i:i + 2] == pair
-        merged.append(pieces[i] + pieces[i + 1] if join else pieces[i])
-        i += 2 if join else 1
-    return tuple(merged)
 
 
 def write_json(path, value):
@@ -289,7 +315,7 @@ def train_clip(args):
     labels = torch.tensor([captions.index(c) for c in labels])
     held, held_labels = pool(40, seed=4, motions=world.HELDOUT_MOTIONS)
     held_labels = torch.tensor([captions.index(c) for c in held_labels])
-    batch = STAGES["clip"][1]
+    batch = args.batch or STAGES["clip"][1]
     mean, std = (torch.tensor(v, device=args.device).view(3, 1, 1)
                  for v in (eval_mi.CLIP_MEAN, eval_mi.CLIP_STD))
 
@@ -309,7 +335,7 @@ def train_clip(args):
         x = torch.where(torch.rand(batch, 1, 1, 1, generator=generator).to(x.device) < 0.5, soft, x)
         strength = 0.1 * torch.rand(batch, 1, 1, 1, generator=generator)
         x = x + (strength * torch.randn(x.shape, generator=generator)).to(x.device)
-        with torch.autocast(args.device.type, torch.bfloat16):
+        with autocast(args.device):
             scores = model.logit_scale.exp().clamp(max=20) * logits(model, x)
         target = labels[pick].to(args.device)
         right = (scores.argmax(1) == target).float().mean().item()
@@ -332,7 +358,7 @@ def train_clip(args):
 
 
 def latent_pool(args, seed):
-    """Models; latents (N,4,16,8,8) in float16 and captions of `args.pool` clips.
+    """Models; latents (N,4,16,H,W) in float16 and captions of `args.pool` clips.
 
     The latents are kept in a file, since encoding takes minutes; an autoencoder written since then replaces
     them.
@@ -355,14 +381,14 @@ def train_unet(stage, args):
     The error of v is (snr + 1) times that of x0. Its weight caps this factor at 5, and unlike min(snr, 5) it
     does not vanish where noise is strongest: sixteen alike frames show the sprite through much noise.
     """
-    frames = {"images": 1, "clips8": 8, "clips": 16}[stage]
+    frames, (_, config) = {"images": 1, "clips8": 8, "clips": 16}[stage], configs(args.model)
     if stage == "images" and (args.fresh or not (args.to / "unet").exists()):
-        write_part(args, "unet", mini_mi.UNet3DConditionModel(UNET), UNET)
-    models, latents, captions = latent_pool(args, seed=5)
+        write_part(args, "unet", mini_mi.UNet3DConditionModel(config), config)
+    models, latents, captions = latent_pool(args, seed=POOLS * args.seed + 5)
     every = world.all_captions()
     texts = mini_mi.encode_prompt(models, [*every, ""])
     labels = torch.tensor([every.index(c) for c in captions])
-    scheduler, batch, device = models.scheduler, STAGES[stage][1], args.device
+    scheduler, batch, device = models.scheduler, args.batch or STAGES[stage][1], args.device
     # eval(): the temporal convolutions' dropout is left out, as it is at inversion.
     unet = models.unet.requires_grad_(True).eval()
     # In bfloat16 the CPU's fused attention is slow backwards: without it a step takes two thirds of the time.
@@ -385,7 +411,7 @@ def train_unet(stage, args):
         u = u if frames == 1 else 3 * u / (1 + 2 * u)
         t = (u * scheduler.T).long().clamp(max=scheduler.T - 1)
         weight = (5 * (1 - scheduler.abar(t, x0))).clamp(max=1)          # min(snr + 1, 5) / (snr + 1)
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(backends):
+        with autocast(device), sdpa_kernel(backends):
             out = unet(scheduler.add_noise(x0, noise, t), t.to(device), texts[label].to(device))
         error = (out.float() - scheduler.target(x0, noise, t)).square()
         return (weight * error).mean(), dict(mse=error.mean().item())
@@ -394,14 +420,15 @@ def train_unet(stage, args):
     def watch(unet, path):
         """Draws what some captions give."""
         models.unet, prompts = unet, every[7::53]
-        noise = torch.randn(len(prompts), 4, frames, 8, 8, generator=torch.Generator().manual_seed(0))
+        shape = (len(prompts), 4, frames, *latents.shape[-2:])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         text, negative = (mini_mi.encode_prompt(models, p) for p in (prompts, [""] * len(prompts)))
         x = mini_mi.sample(models, noise.to(device), text, negative, steps=20,
-                           guidance=mini_mi.MODEL_DEFAULTS["tiny"]["guidance"], progress=False)
+                           guidance=SETTINGS[args.model]["guidance"], progress=False)
         rows = [(p, mini_mi.to_uint8(v)) for p, v in zip(prompts, mini_mi.decode_video(models, x))]
         mini_mi.contact_sheet(rows).save(path)
 
-    write_part(args, "unet", train(stage, unet, loss_of, args, watch), UNET)
+    write_part(args, "unet", train(stage, unet, loss_of, args, watch), config)
 
 
 # -------------------------------------------------------------------------------------------- training curves
@@ -463,10 +490,9 @@ def curve(draw, font, zoom, corner, size, entries, name):
 
     ticks = ticks_within(low, high)
     if log:
-        ticks = [n * 10.0 ** power for power in range(-6, 3) for n in range(1, 10)]
+        digits = (1, 2, 5) if high - low > 0.6 else range(1, 10)
+        ticks = [n * 10.0 ** power for power in range(-6, 3) for n in digits]
         ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
-        if high - low > 0.6:                                # more than a factor of 4: 1, 2, 5 will do
-            ticks = [tick for tick in ticks if f"{tick:e}"[0] in "125"]
     for tick in ticks:
         y = place(0, scale(tick))[1]
         draw.line((left, y, left + width, y), mini_mi.PALE, zoom)
@@ -485,33 +511,46 @@ def curve(draw, font, zoom, corner, size, entries, name):
 def main(argv=None):
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=GEOMETRIES, help="default: tiny; --check: both")
     p.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    p.add_argument("--work", type=Path, default=HERE.parent / "out" / "tiny",
-                   help="folder for states, logs and sheets")
-    p.add_argument("--to", type=Path, default=TINY, help="the model folder; curves.png is drawn beside it")
+    p.add_argument("--work", type=Path, help="folder for states, logs and sheets; default: out/MODEL")
+    p.add_argument("--to", type=Path,
+                   help="the model folder; the curves are drawn beside it; default: data/MODEL")
     p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
     p.add_argument("--lr", type=float, help="peak learning rate, in place of the stage's own")
+    p.add_argument("--batch", type=int, help="batch size, in place of the stage's own")
     p.add_argument("--pool", type=int, default=5000, help="clips rendered to draw from")
     p.add_argument("--fresh", action="store_true", help="begin from random weights")
     p.add_argument("--check", action="store_true", help="train nothing: measure the model folder")
     args = p.parse_args(argv)
     if args.check:
         import check_tiny                               # here, since training needs none of it
-        check_tiny.check(args.to, args.device)
+        both = [HERE / name for name in GEOMETRIES if args.model in (None, name)]
+        there = [folder for folder in ([args.to] if args.to else both) if (folder / "unet").exists()]
+        check_tiny.check(there, args.device)
         return
+    args.model = args.model or "tiny"
+    args.seed, args.to = GEOMETRIES[args.model][0], args.to or HERE / args.model
+    args.work = args.work or HERE.parent / "out" / args.model
     args.work.mkdir(parents=True, exist_ok=True)
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
     write_json(args.to / "model_index.json", PIPELINE)
+    write_json(args.to / "mini_mi.json", SETTINGS[args.model])
     write_json(args.to / "scheduler" / "scheduler_config.json", SCHEDULER)
-    for stage in STAGES if args.stage == "all" else [args.stage]:
-        torch.manual_seed(0)                            # a stage's first weights, whatever ran before it
+    if args.model != "tiny":
+        for name in SHARED:
+            shutil.copytree(TINY / name, args.to / name, dirs_exist_ok=True)
+        stages = [stage for stage in stages if stage != "clip"]
+    for stage in stages:
+        torch.manual_seed(args.seed)                    # a stage's first weights, whatever ran before it
         if stage == "vae":
             train_vae(args)
         elif stage == "clip":
             train_clip(args)
         else:
             train_unet(stage, args)
-        draw_curves(args.work, args.to.parent / "curves.png")
+        draw_curves(args.work, args.to.parent / f"{args.model.replace('tiny', 'curves')}.png")
 
 
 if __name__ == "__main__":
