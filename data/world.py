@@ -487,9 +487,9 @@ def outline_shape(frame):
     """frame (h, w, 3) uint8 -> "circle", "square", "triangle" or "star"; None where no whole sprite is seen.
 
     The largest bright region is read. The number of corners with the greatest strength names the shape; below
-    ROUND it is a circle. So shapes of six corners or more count as circles, and so do ovals up to 1.7 times as
-    long as wide. None: the region has less than SMALLEST pixels, or part of the sprite lies outside: the border
-    of the picture holds more of its pixels than half the root of its area.
+    ROUND it is a circle. So shapes of six corners or more count as circles, and so do ovals up to 1.7 times
+    as long as wide. None: the region has less than SMALLEST pixels, or part of the sprite lies outside: the
+    border of the picture holds more of its pixels than half the root of its area.
     """
     cover = sprite_cover(frame)
     regions, _ = scipy.ndimage.label(cover > 0.5)
