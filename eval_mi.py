@@ -7,10 +7,11 @@ without it (no-mqk, no-mv) and dropped after training (drop-mqk, drop-mv), and c
 on the same clips, prompts and start noise, between two bounds: no embeddings at all below, the reference
 through the autoencoder above.
 
-    python eval_mi.py                  the default grid on the embedded model, half an hour on 2 CPU cores
+    python eval_mi.py                  the default grid on the embedded model, 25 minutes on 2 CPU cores
     python eval_mi.py --quick          a small grid, up to 10 minutes
-    python eval_mi.py --report         the report again, from the cells that are finished
-    python eval_mi.py --ballot         ballot.html, a page on which people vote; --votes FILES counts them
+    python eval_mi.py --report         the report again: from finished cells, else from results.json alone
+    python eval_mi.py --ballot         ballot.html, a page on which people vote
+    python eval_mi.py --votes FILES    counts their votes; needs results.json and ballot.json, but no cells
     torchrun --nproc_per_node=8 eval_mi.py --model zeroscope --clips my_clips --frames 24 --size 576x320
 
 A run can be killed at any time and goes on where it stopped. It leaves, in --out:
@@ -40,6 +41,7 @@ import datetime
 import functools
 import hashlib
 import html
+import importlib.util
 import io
 import itertools
 import json
@@ -64,15 +66,20 @@ from torch import nn
 from tqdm import tqdm
 
 import mini_mi
-from data import world
 from mini_mi import UserError, option
+
+# data/world.py, by its place: another package called `data` may be installed.
+_place = importlib.util.spec_from_file_location("mini_mi_world", mini_mi.HERE / "data" / "world.py")
+world = importlib.util.module_from_spec(_place)
+_place.loader.exec_module(world)
 
 
 # ======================== THE QUESTION: what is lost without MQK, what without MV? =========================
 
-# Settings of MotionEmbeddings while they are trained. Variants that train alike share one training.
+# In what a training differs from the full method's. Variants that train alike share one training.
 TRAININGS = {"full": {}, "no-mqk": {"use_mqk": False}, "no-mv": {"use_mv": False}, "mqk-2d": {"mqk_dims": 2},
-             "mv-1d": {"mv_dims": 1}, "debias-in-training": {"debias_in_training": True}}
+             "mv-1d": {"mv_dims": 1}, "debias-in-training": {"debias_in_training": True},
+             "paper": {"steps": 350, "lr": 0.02, "lr_schedule": "constant", "t_min": 0.0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +115,8 @@ VARIANTS = {v.name: v for v in (
     Variant("mv-1d", "MV without space cannot hold local motion: fidelity falls", "mv-1d"),
     Variant("debias-in-training", "MV that is trained as it is used fits better than MV debiased afterwards",
             "debias-in-training"),
+    Variant("paper-settings", "the paper's rate and steps, all noise levels: as good on a model like the paper's",
+            "paper"),
     Variant("no-inversion", "from plain noise the embeddings alone must carry the motion: fidelity falls",
             prior=False),
     Variant("no-mqk-plain", "no-mqk where no start noise helps: all motion must come from MV",
@@ -126,9 +135,11 @@ VARIANTS = {v.name: v for v in (
 ABLATIONS = ("no-mqk", "no-mv")
 DEFAULT_VARIANTS = ("full", *ABLATIONS, "drop-mqk", "drop-mv", "debias-none",
                     "base", "base-no-inversion", "reconstruct", "vae")
+BALLOT_VARIANTS = ("full", *ABLATIONS, "base")
+# The paper's five are the first three, the Frechet distance and User Preference.
 METRICS = {"text_similarity": "Text Similarity ↑", "motion_fidelity": "Motion Fidelity ↑",
            "temporal_consistency": "Temporal Consistency ↑", "leakage": "Appearance leakage ↓",
-           "attributes": "Attributes shown ↑"}
+           "attributes": "All four attributes shown ↑"}
 PRIMARY = ("motion_fidelity", "text_similarity")    # with ABLATIONS four tests, fixed before any result
 FAMILY = len(PRIMARY) * len(ABLATIONS)
 STILL = 0.5                                         # pixels per frame below which a track counts as resting
@@ -409,41 +420,6 @@ def detectable_difference(half_width, n, power=0.8, alpha=0.05):
     return float(half_width * (t.ppf(1 - alpha / 2) + t.ppf(power)) / t.ppf(0.975)) if n > 1 else math.inf
 
 
-def variance_components(values):
-    """Values (clips, trainings, samples) -> variances between clips, between trainings of a clip, between its
-    samples, and of the rest, each what it adds to the ones after it.
-    Within a clip trainings and samples are crossed, since all trainings see the same prompts and start noise:
-    value = clip + training + sample + rest. None where a level has one member only: with one training the
-    rest is part of the samples', and the training's part of the clips'.
-    Source: Searle, Casella and McCulloch 1992, chapter 4 (balanced, negative estimates set to 0).
-    """
-    values = np.asarray(values, dtype=np.float64)
-    trainings, samples = values.shape[1:]
-    by_training, by_sample, by_clip = values.mean(2), values.mean(1), values.mean((1, 2))
-    crossed, rest = trainings > 1 and samples > 1, 0.0
-    if crossed:
-        left = values - by_training[:, :, None] - by_sample[:, None] + by_clip[:, None, None]
-        rest = float((left ** 2).sum((1, 2)).mean() / ((trainings - 1) * (samples - 1)))
-
-    def part(means, noise):
-        """The variance of one level, from its means, which hold some noise of the levels below."""
-        if means.shape[-1] < 2:
-            return None
-        return max(0.0, float(np.var(means, axis=-1, ddof=1).mean()) - noise)
-
-    training, sample = part(by_training, rest / samples), part(by_sample, rest / trainings)
-    below = (training or 0) / trainings + (sample or 0) / samples + rest / (trainings * samples)
-    return part(by_clip, below), training, sample, rest if crossed else None
-
-
-def detectable_with(components, clips, trainings, samples, alpha=0.05):
-    """`detectable_difference` of a run with that many clips, trainings per clip and samples per training."""
-    clip, training, sample, rest = (c or 0.0 for c in components)
-    error = (clip + training / trainings + sample / samples + rest / (trainings * samples)) / clips
-    half = scipy.stats.t.ppf(0.975, clips - 1) * math.sqrt(error)
-    return detectable_difference(half, clips, alpha=alpha)
-
-
 def jackknife(statistic, groups):
     """Interval of a statistic that is no mean, by leaving out one group at a time -> (value, low, high).
     statistic: of a list of k groups -> float; half width = t_(k-1) sqrt((k-1)/k sum_i (theta_-i - mean)^2),
@@ -457,30 +433,24 @@ def jackknife(statistic, groups):
     return value, value - half, value + half
 
 
-def clustered_share(wins, clusters, draws=10_000, seed=0):
-    """95 % interval of a share, percentile bootstrap over whole clusters of votes -> (low, high).
-    wins (n,) 0 or 1, clusters (n,) labels: the votes of one person are not independent.
+def share_interval(wins, clusters, draws=10_000, seed=0):
+    """95 % interval of a share, within [0,1] -> (low, high). wins (n,) 0 or 1, clusters (n,) labels: the votes
+    of one person and the samples of one clip are not independent.
+    It spans two: Wilson's, which takes all for independent, and a percentile bootstrap over whole clusters,
+    which does not, but has no width where all agree.
     """
     sizes = np.array(list(collections.Counter(clusters).values()))
     won = group_means(wins, clusters) * sizes
-    if len(sizes) == 1:                                              # nothing to draw from
-        return (float(np.mean(wins)),) * 2
-    found = scipy.stats.bootstrap((won, sizes), lambda w, n, axis: w.sum(axis) / n.sum(axis), paired=True,
-                                  vectorized=True, n_resamples=draws, method="percentile",
-                                  rng=np.random.default_rng(seed))
-    return tuple(map(float, found.confidence_interval))
+    low, high = wilson_interval(round(won.sum()), len(wins))
+    if len(sizes) > 1:                                               # else there is nothing to draw from
+        drawn = scipy.stats.bootstrap((won, sizes), lambda w, n, axis: w.sum(axis) / n.sum(axis), paired=True,
+                                      vectorized=True, n_resamples=draws, method="percentile",
+                                      rng=np.random.default_rng(seed)).confidence_interval
+        low, high = min(low, float(drawn.low)), max(high, float(drawn.high))
+    return low, high
 
 
 # ========= THE EXPERIMENT: clips, trainings, variants, prompts and seeds -> samples and their scores ========
-
-# Part of every digest. Raise it with any change of code after which a file would hold something else.
-CODE_VERSION = 2
-ENDS = 1 << 20                                      # bytes read at either end of a file of weights
-# Files that can be a clip; beside them, pictures that move and folders.
-VIDEO_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv".split())
-WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
-                    "background": world.BACKGROUNDS}
-
 
 @dataclasses.dataclass(eq=False)
 class Clip:
@@ -488,10 +458,12 @@ class Clip:
     name: str
     frames: np.ndarray
     caption: str
-    movement: str
+    movement: str                   # clips of one movement are alike in what is asked of the method
     prompts: tuple
 
-    def __post_init__(self):                        # stands for all that training and judging take from it
+    def __post_init__(self):
+        self.stem = re.sub(r"[^\w.-]+", "_", self.name)              # for files: a name may be a path
+        # Stands for all that training and judging take from a clip.
         self.digest = digest(hashlib.sha256(self.frames.tobytes()).hexdigest(), self.caption)
 
 
@@ -500,15 +472,187 @@ class Cell:
     """One sample of one variant: the unit of the statistics and of the files."""
     variant: Variant
     clip: Clip
-    place: int                      # which of the clip's prompts; -1: its own caption
+    prompt_index: int               # among the clip's prompts; -1: its own caption
     seed: int                       # of sampling
     train_seed: int = 0
 
     def __post_init__(self):
-        own, again = self.place < 0, f"-r{self.train_seed}" if self.train_seed else ""
-        self.prompt = self.clip.caption if own else self.clip.prompts[self.place]
-        self.key = self.clip.name, self.place, self.seed             # what the variants of a sample share
-        self.name = f"{self.variant.name}-{'own' if own else f'p{self.place}'}-s{self.seed}{again}"
+        own, again = self.prompt_index < 0, f"-r{self.train_seed}" if self.train_seed else ""
+        self.prompt = self.clip.caption if own else self.clip.prompts[self.prompt_index]
+        self.key = self.clip.name, self.prompt_index, self.seed      # what the variants of a sample share
+        self.name = f"{self.variant.name}-{'own' if own else f'p{self.prompt_index}'}-s{self.seed}{again}"
+
+
+class Lab:
+    """All that a run works with. Models load when they are first needed: a report takes no UNet."""
+
+    def __init__(self, s):
+        model = mini_mi.model_folder(s.model)
+        own = model / "clip"
+        judge = clip_folder(s.clip_model or (own if own.is_dir() else "openai/clip-vit-base-patch32"))
+        # The model of the tiny world brings its own judge; the Inception network has never seen that world.
+        in_world = s.small and judge.resolve() == own.resolve()
+        self.settings, self.clips = s, read_clips(s, in_world)
+        self.paths, self.judges = Paths(s, model, judge, in_world), Judges(s, judge, in_world)
+        self.pipeline = Pipeline(s, model, self.paths)
+        self.cells = [cell for batches in plan(s, self.clips) for batch in batches for cell in batch]
+
+    def reference(self, clip):
+        """The reference clip through the same judges, once per clip -> what `Judges.measure` gives."""
+        return once(self.paths.reference(clip), lambda: self.judges.measure(clip.frames))
+
+
+def run_experiment(lab, ranks=1, rank=0):
+    """Makes and judges the cells of this rank's clips that are not there yet. Every step leaves a file."""
+    batches = list(itertools.chain(*plan(lab.settings, lab.clips)[rank::ranks]))
+    # One bar over forward passes of the UNet, since a training costs as much as dozens of samples.
+    with tqdm(total=lab.pipeline.passes(batches), disable=rank > 0, smoothing=0,
+              bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}") as bar:
+        for batch in batches:
+            if all(map(lab.paths.is_finished, batch)):
+                continue
+            bar.set_description_str(f"{batch[0].clip.name}: {batch[0].variant.name}")
+            # The whole batch again if one of it is missing: the same company gives the same last digits.
+            samples = [once(lab.paths.sample(cell)) for cell in batch]
+            if not all(samples):
+                samples = lab.pipeline.sample(batch, bar.update)
+            for cell, sample in zip(batch, samples):
+                once(lab.paths.sample(cell), lambda: sample)
+                once(lab.paths.score(cell), lambda: lab.judges.judge(cell, sample, lab.reference(cell.clip)))
+
+
+def plan(s, clips):
+    """Every cell -> for each clip a list of batches, the cells of one variant that are sampled at once. It
+    depends neither on what is finished nor on ranks.
+    """
+    work = []
+    for clip in clips:
+        batches = []
+        for training in (*TRAININGS, None):
+            variants = [VARIANTS[name] for name in s.variants if VARIANTS[name].training == training]
+            for train_seed, variant in itertools.product(range(s.training_seeds if training else 1), variants):
+                cells = [Cell(variant, clip, prompt_index, seed, train_seed)
+                         for prompt_index in ([-1] if variant.own_prompt else range(s.prompt_count))
+                         for seed in range(s.seed_count if variant.sampled else 1)]
+                batches += [cells[i:i + s.sample_batch] for i in range(0, len(cells), s.sample_batch)]
+        work.append(batches)
+    return work
+
+
+# -------------------------------------------------------------------------------------------- reference clips
+
+# Files that can be a clip; beside them, pictures that move and folders.
+VIDEO_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv".split())
+
+
+def read_clips(s, in_world):
+    """The reference clips: of `--clips`, or, for the embedded model, as many as asked for of the world."""
+    width, height = mini_mi.sizes(s)[0]
+    rendered, file = in_world and not s.clips, Path(s.clips or mini_mi.HERE / "data" / "clips") / "clips.json"
+    if rendered and width != height:
+        raise UserError(f"--size {s.size}: the embedded world is square; take --size {width}x{width}")
+    drawn = (world.reference(s.split, i) for i in range(s.clip_count))
+    entries = {entry["name"]: entry for entry in drawn} if rendered else mini_mi.read_json(file)
+    if len(entries) < s.clip_count:
+        raise UserError(f"{file} names {len(entries)} clips; lower --clip-count {s.clip_count}")
+    clips = []
+    for name, entry in itertools.islice(entries.items(), s.clip_count):
+        match entry:
+            case {"caption": str(caption), "prompts": [*prompts]} if len(prompts) >= s.prompt_count:
+                texts = caption, *map(str, prompts)
+            case _:
+                raise UserError(f"{file}: {name} needs a caption and {s.prompt_count} prompts; "
+                                "add them or lower --prompt-count")
+        if rendered:
+            frames = world.render(world.scene(entry["seed"], [entry["motion"]], caption), s.frames, width)
+        else:
+            frames = mini_mi.read_video(find_clip(file.parent, name), s.frames, (width, height))
+        try:
+            [world.attributes(text) for text in texts if in_world]
+        except ValueError as e:
+            raise UserError(f"{e}; the embedded model knows no other texts") from None
+        clips.append(Clip(name, frames, caption, str(entry.get("motion", name)), texts[1:]))
+    return clips
+
+
+def find_clip(folder, name):
+    """The clip of this name, stem or path below a folder: a video file, a picture that moves, or a folder."""
+    def is_clip(path):
+        """Does it move? A thumbnail, a description or subtitles do not."""
+        with contextlib.suppress(OSError, ValueError), Image.open(path) as picture:
+            if getattr(picture, "is_animated", False):
+                return True
+        return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or path.name == wanted.name
+
+    wanted = folder / name
+    beside = wanted.parent.iterdir() if wanted.parent.is_dir() else ()
+    found = sorted(path for path in beside if wanted.name in (path.name, path.stem) and is_clip(path))
+    if not found:
+        raise UserError(f"{folder / 'clips.json'} names {name}, but there is no such clip beside it")
+    if len(found) > 1:
+        raise UserError(f"{wanted.parent} holds {found[0].name} and {found[1].name}: which of them is the clip "
+                        f"{name}? Write its full name in clips.json, or move one away")
+    return found[0]
+
+
+# ---------------------------------------------------------------------------------------------- files of cells
+
+# Part of every digest. Raise it with any change of code after which a file would hold something else.
+CODE_VERSION = 3
+ENDS = 1 << 20                                      # bytes read at either end of a file of weights
+
+
+class Paths:
+    """Where finished things lie. The digest in a name stands for everything that determines the content."""
+
+    def __init__(self, s, model_folder, judge_folder, in_world):
+        self.settings, self.out = s, Path(s.out)
+        parts = [model_folder / part for part in "unet vae text_encoder tokenizer scheduler".split()]
+        device = torch.device(s.device).type
+        self.made_with = [CODE_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, device]
+        # What scores depend on, beside the clip.
+        self.judged_by = [CODE_VERSION, fingerprint(judge_folder), in_world, s.tracker, s.grid, STILL]
+
+    def path(self, folder, name, *what, suffix=".npz"):
+        """what: everything that determines the content, but for the name."""
+        return self.out / folder / f"{name}-{digest(*what)}{suffix}"
+
+    def noise(self, clip):
+        """A clip's latents and inverted noise."""
+        return self.path("noise", clip.stem, self.made_with, clip.digest, self.settings.invert_steps)
+
+    def motion(self, clip, training, train_seed):
+        """A clip's trained embeddings."""
+        return self.path("motions", f"{clip.stem}-{training}-r{train_seed}", self.made_with, clip.digest,
+                         train_seed, training_settings(self.settings, training), suffix=".safetensors")
+
+    def sample(self, cell):
+        """The frames of a cell."""
+        s, v = self.settings, cell.variant
+        noise = [self.noise(cell.clip).name, s.noise_prior] if v.prior else None
+        motion = v.training and [self.motion(cell.clip, v.training, cell.train_seed).name, v.use]
+        how = [s.sample_steps, s.guidance, noise, motion] if v.sampled else None
+        return self.path("cells", f"{cell.clip.stem}/{cell.name}", self.made_with, cell.clip.digest, cell.key,
+                         cell.prompt, how)
+
+    def score(self, cell):
+        """What the judges said about it."""
+        return self.path("scores", f"{cell.clip.stem}/{cell.name}", self.sample(cell).name,
+                         self.judged_by, cell.clip.digest)
+
+    def reference(self, clip):
+        """What the judges saw in the reference clip."""
+        return self.path("references", clip.stem, clip.digest, self.judged_by)
+
+    def is_finished(self, cell):
+        """Nothing is to be done."""
+        return self.sample(cell).exists() and once(self.score(cell)) is not None
+
+
+def training_settings(s, training):
+    """What `train_motion` is told: the settings, and in what this training differs."""
+    names = "steps", "lr", "lr_schedule", "batch", "loss", "t_min"
+    return {**{name: getattr(s, name) for name in names}, **TRAININGS[training]}
 
 
 def digest(*what):
@@ -547,8 +691,8 @@ def write_arrays(things, path):
 
 
 def once(path, make=None, read=read_arrays, write=write_arrays):
-    """The finished thing in a file; where there is none, make() gives it and it is written, or it is None.
-    A damaged file is set aside, and that is said; a killed run leaves the whole file or none.
+    """The finished thing in a file. Where there is none, or a damaged one, make() gives it and it is written;
+    without make it is None. A killed run leaves the whole file or none.
     """
     try:
         if path.exists():
@@ -557,11 +701,10 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
         cause = e.__cause__ or e
         if isinstance(cause, PermissionError) or mini_mi.is_lack_of_memory(cause):
             raise
-        aside = path.with_suffix(".damaged")
-        with contextlib.suppress(FileNotFoundError):                 # another rank was first
-            os.replace(path, aside)
-        tqdm.write(f"warning: {path.name} is damaged ({mini_mi.one_line(e)}): set aside as "
-                   f"{aside.name}, to be made again", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        tqdm.write(f"warning: {path.name} is damaged ({mini_mi.one_line(e)}): deleted, to be made again",
+                   file=sys.stderr)
     if make is None:
         return None
     thing = make()
@@ -570,194 +713,31 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
     return thing
 
 
-def checksum(motion):
-    """SHA-256 of embeddings: safetensors has none."""
-    tensors = sorted(motion.state_dict().items())
-    return hashlib.sha256(b"".join(v.cpu().float().numpy().tobytes() for _, v in tensors)).hexdigest()
+# ---------------------------------------------------------------------------------- from a clip to its samples
 
+class Pipeline:
+    """The steps from a clip to samples, by the text-to-video model. What they make is kept in files."""
 
-def read_kept_motion(path):
-    """Embeddings that `Lab.train` kept, in eval mode."""
-    motion = mini_mi.MotionEmbeddings.load(path)
-    if motion.source.get("checksum") != checksum(motion):
-        raise ValueError("its checksum is another one")
-    return motion
-
-
-def find_clip(folder, name):
-    """The clip of this name, or stem, in a folder: a video file, a picture that moves, or a folder."""
-    def is_clip(path):
-        """Does it move? A thumbnail, a description or subtitles do not."""
-        with contextlib.suppress(OSError, ValueError), Image.open(path) as picture:
-            if getattr(picture, "is_animated", False):
-                return True
-        return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or path.name == name
-
-    found = sorted(p for p in folder.iterdir() if name in (p.name, p.stem) and is_clip(p))
-    if not found:
-        raise UserError(f"{folder / 'clips.json'} names {name}, but there is no such clip beside it")
-    if len(found) > 1:
-        raise UserError(f"{folder} holds {found[0].name} and {found[1].name}: which of them is the clip "
-                        f"{name}? Write its full name in clips.json, or move one away")
-    return found[0]
-
-
-def read_clips(s, in_world):
-    """The reference clips: of `--clips`, or, for the embedded model, as many as asked for of the world."""
-    width, height = mini_mi.sizes(s)[0]
-    rendered, file = in_world and not s.clips, Path(s.clips or mini_mi.HERE / "data" / "clips") / "clips.json"
-    if rendered and width != height:
-        raise UserError(f"--size {s.size}: the embedded world is square; take --size {width}x{width}")
-    drawn = (world.reference(s.split, i) for i in range(s.clip_count))
-    entries = {entry["name"]: entry for entry in drawn} if rendered else mini_mi.read_json(file)
-    if len(entries) < s.clip_count:
-        raise UserError(f"{file} names {len(entries)} clips; lower --clip-count {s.clip_count}")
-    clips = []
-    for name, entry in itertools.islice(entries.items(), s.clip_count):
-        match entry:
-            case {"caption": str(caption), "prompts": [*prompts]} if len(prompts) >= s.prompt_count:
-                texts = caption, *map(str, prompts)
-            case _:
-                raise UserError(f"{file}: {name} needs a caption and {s.prompt_count} prompts; "
-                                "add them or lower --prompt-count")
-        if rendered:
-            frames = world.render(world.scene(entry["seed"], [entry["motion"]], caption), s.frames, width)
-        else:
-            frames = mini_mi.read_video(find_clip(file.parent, name), s.frames, (width, height))
-        try:
-            [world.attributes(text) for text in texts if in_world]
-        except ValueError as e:
-            raise UserError(f"{e}; the embedded model knows no other texts") from None
-        clips.append(Clip(name, frames, caption, str(entry.get("motion", name)), texts[1:]))
-    return clips
-
-
-def plan(s, clips):
-    """Every cell -> a list of groups, each of one clip and training; a group is a list of batches, each the
-    cells of one variant that are sampled at once. It depends neither on what is finished nor on ranks.
-    """
-    work = []
-    for clip, training in itertools.product(clips, (*TRAININGS, None)):
-        for train_seed in range(s.training_seeds if training else 1):
-            batches = []
-            for variant in (VARIANTS[name] for name in s.variants if VARIANTS[name].training == training):
-                cells = [Cell(variant, clip, place, seed, train_seed)
-                         for place in ([-1] if variant.own_prompt else range(s.prompt_count))
-                         for seed in range(s.seed_count if variant.sampled else 1)]
-                batches += [cells[i:i + s.sample_batch] for i in range(0, len(cells), s.sample_batch)]
-            work += [batches] if batches else []
-    return work
-
-
-def deal(lab, ranks):
-    """Deals the work to ranks: the longest first, each to the one with the least so far -> lists per rank."""
-    hands = [[] for _ in range(ranks)]
-    for group in sorted(lab.work, key=lab.passes, reverse=True) if ranks > 1 else lab.work:
-        min(hands, key=lambda hand: sum(map(lab.passes, hand))).append(group)
-    return hands
-
-
-def run_experiment(lab, ranks=1, rank=0):
-    """Makes and judges every cell of this rank's share that is not there yet. Every step leaves a file."""
-    work = deal(lab, ranks)[rank]
-    # One bar over forward passes of the UNet, since a training costs as much as dozens of samples.
-    with tqdm(total=sum(lab.passes(group, missing=True) for group in work), disable=rank > 0, smoothing=0,
-              bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}") as bar:
-        for batch in itertools.chain(*work):
-            if all(map(lab.is_finished, batch)):
-                continue
-            bar.set_description_str(f"{batch[0].clip.name}: {batch[0].variant.name}")
-            # The whole batch again if one of it is missing: the same company gives the same last digits.
-            samples = [once(lab.sample_path(cell)) for cell in batch]
-            if not all(samples):
-                samples = lab.sample(batch, bar.update)
-            for cell, sample in zip(batch, samples):
-                once(lab.sample_path(cell), lambda: sample)
-                once(lab.score_path(cell), lambda: lab.judge(cell, sample))
-
-
-class Lab:
-    """Settings, clips, models, the paths of finished work, and the steps from a clip to a judged cell.
-    The models load when they are first needed: a report from finished cells needs no UNet.
-    """
-
-    def __init__(self, s):
-        self.settings, self.device, self.out = s, torch.device(s.device), Path(s.out)
-        self.model_folder = mini_mi.model_folder(s.model)
-        own = self.model_folder / "clip"
-        self.clip_name = s.clip or str(own if own.is_dir() else "openai/clip-vit-base-patch32")
-        # The model of the tiny world brings its own judge; the Inception network has never seen that world.
-        self.in_world = s.small and Path(self.clip_name).resolve() == own.resolve()
-        self.clips = read_clips(s, self.in_world)
-        self.work = plan(s, self.clips)
-        self.cells = [cell for group in self.work for batch in group for cell in batch]
+    def __init__(self, s, model_folder, paths):
+        self.settings, self.model_folder, self.paths = s, model_folder, paths
+        self.device = torch.device(s.device)
         self.sample_passes = s.sample_steps * (2 if s.guidance > 1 else 1)      # of the UNet, for one sample
-        self.training = {name: getattr(s, name)
-                         for name in ("steps", "lr", "lr_schedule", "batch", "loss", "t_min")}
-        parts = [self.model_folder / part for part in "unet vae text_encoder tokenizer scheduler".split()]
-        self.made_with = [CODE_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, self.device.type]
 
     @functools.cached_property
     def models(self):
         """The text-to-video model."""
         return mini_mi.load_models(str(self.model_folder), self.device, getattr(torch, self.settings.dtype))
 
-    @functools.cached_property
-    def clip_judge(self):
-        """(CLIP, its tokenizer, its preprocess)"""
-        return load_clip(self.clip_name, self.device)
-
-    @functools.cached_property
-    def judged_by(self):
-        """What scores depend on, beside the clip."""
-        s, clip = self.settings, fingerprint(clip_folder(self.clip_name))
-        return [CODE_VERSION, clip, self.in_world, s.tracker, s.grid, STILL]
-
-    # ---- what is finished, and what is still to do
-
-    def path(self, folder, name, *what, suffix=".npz"):
-        """The place of something finished; what: everything that determines it, but for its name."""
-        return self.out / folder / f"{name}-{digest(*what)}{suffix}"
-
-    def noise_path(self, clip):
-        """A clip's latents and inverted noise."""
-        return self.path("noise", clip.name, self.made_with, clip.digest, self.settings.invert_steps)
-
-    def motion_path(self, clip, training, train_seed):
-        """A clip's trained embeddings."""
-        return self.path("motions", f"{clip.name}-{training}-r{train_seed}", self.made_with, clip.digest,
-                         train_seed, {**self.training, **TRAININGS[training]}, suffix=".safetensors")
-
-    def sample_path(self, cell):
-        """The frames of a cell."""
-        s, v = self.settings, cell.variant
-        noise = [self.noise_path(cell.clip).name, s.noise_prior] if v.prior else None
-        motion = v.training and [self.motion_path(cell.clip, v.training, cell.train_seed).name, v.use]
-        how = [s.sample_steps, s.guidance, noise, motion] if v.sampled else None
-        return self.path("cells", f"{cell.clip.name}/{cell.name}", self.made_with, cell.clip.digest, cell.key,
-                         cell.prompt, how)
-
-    def score_path(self, cell):
-        """What the judges said about it."""
-        return self.path("scores", f"{cell.clip.name}/{cell.name}", self.sample_path(cell).name,
-                         self.judged_by, cell.clip.digest)
-
-    def is_finished(self, cell):
-        """Nothing is to be done."""
-        return self.sample_path(cell).exists() and once(self.score_path(cell)) is not None
-
-    def passes(self, batches, missing=False):
-        """Forward passes of the UNet for batches of one training, roughly; missing: of what is not there."""
-        s, first = self.settings, batches[0][0]
-        training = first.variant.training
-        motion = training and self.motion_path(first.clip, training, first.train_seed)
-        if missing:
-            batches = [b for b in batches if not all(self.sample_path(cell).exists() for cell in b)]
-        trains = batches and motion and not (missing and motion.exists())
-        sampled = sum(cell.variant.sampled for batch in batches for cell in batch)
-        return self.sample_passes * sampled + (3 * s.steps * s.batch if trains else 0)  # a way back counts 2
-
-    # ---- steps
+    def passes(self, batches):
+        """Forward passes of the UNet, roughly, that these batches still need."""
+        missing = [cell for batch in batches if not all(self.paths.sample(cell).exists() for cell in batch)
+                   for cell in batch]
+        trainings = {(cell.clip, cell.variant.training, cell.train_seed) for cell in missing
+                     if cell.variant.training}
+        asked = [training_settings(self.settings, training) for clip, training, train_seed in trainings
+                 if not self.paths.motion(clip, training, train_seed).exists()]
+        return (sum(3 * how["steps"] * how["batch"] for how in asked)            # a way back counts 2
+                + self.sample_passes * sum(cell.variant.sampled for cell in missing))
 
     def invert(self, clip):
         """clip -> latents (1,C,F,H,W), and the noise that leads to them (1,C,F,H,W)."""
@@ -769,38 +749,33 @@ class Lab:
                                         self.settings.invert_steps, progress=False)
             return {"latents": latents.float().cpu().numpy(), "noise": noise.float().cpu().numpy()}
 
-        kept = once(self.noise_path(clip), make)
+        kept = once(self.paths.noise(clip), make)
         return tuple(torch.from_numpy(kept[name]).to(self.device) for name in ("latents", "noise"))
 
     def train(self, clip, training, train_seed, progress):
         """clip -> MotionEmbeddings in eval mode; their `source` holds what they cost.
         progress: is told the forward passes that are done, after every step.
         """
-        s, path = self.settings, self.motion_path(clip, training, train_seed)
-        on_gpu, state = self.device.type == "cuda", path.with_suffix(".training")
+        s, on_gpu = self.settings, self.device.type == "cuda"
 
         def make():
             """Trains; a clip's later trainings find its inversion made."""
-            # A damaged state of an interrupted training is set aside here and not in its middle.
-            once(state, read=functools.partial(torch.load, weights_only=True, map_location="cpu"))
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self.device)
             latents = self.invert(clip)[0]          # before the clock: a clip's later trainings find it made
             began, text = time.perf_counter(), mini_mi.encode_prompt(self.models, [clip.caption])
             motion = mini_mi.train_motion(
-                self.models, latents, text, **self.training, **TRAININGS[training],
-                seed=train_seed, state=state, on_step=lambda *_: progress(3 * s.batch),
-                checkpointing=s.checkpointing, progress=False)
+                self.models, latents, text, **training_settings(s, training), seed=train_seed,
+                on_step=lambda *_: progress(3 * s.batch), checkpointing=s.checkpointing, progress=False)
             cost = {"train_seconds": time.perf_counter() - began,    # memory in MiB; a CPU does not tell
                     "memory": torch.cuda.max_memory_allocated(self.device) / 2 ** 20 if on_gpu else None,
                     "parameters": sum(p.numel() for p in motion.parameters())}
             motion.source = {"model": s.model, "prompt": clip.caption, "frames": s.frames, "size": s.size,
-                             "checksum": checksum(motion), "cost": cost}
+                             "cost": cost}
             return motion
 
-        motion = once(path, make, read_kept_motion, mini_mi.MotionEmbeddings.save)
-        state.unlink(missing_ok=True)
-        return motion.to(self.device)
+        path = self.paths.motion(clip, training, train_seed)
+        return once(path, make, mini_mi.MotionEmbeddings.load, mini_mi.MotionEmbeddings.save).to(self.device)
 
     def sample(self, cells, progress):
         """Cells of one clip and variant, in one batch -> their frames (F,h,w,3) uint8, and what they cost."""
@@ -828,18 +803,42 @@ class Lab:
         cost = {**cost, "sample_seconds": (time.perf_counter() - began) / len(cells)}
         return [{"about": {"cost": cost}, "frames": video} for video in videos]
 
+
+# ------------------------------------------------------------------------------------ from samples to scores
+
+WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
+                    "background": world.BACKGROUNDS}
+
+
+class Judges:
+    """CLIP for frames and texts, Inception for the Frechet distance, a tracker for motion."""
+
+    def __init__(self, s, judge_folder, in_world):
+        self.settings, self.folder, self.in_world = s, judge_folder, in_world
+        self.device = torch.device(s.device)
+        self.names = {"clip": "the tiny CLIP" if in_world else s.clip_model or "OpenAI's ViT-B/32",
+                      "frechet": "tiny-CLIP" if in_world else "Inception",
+                      "tracker": f"{s.tracker}, {s.grid} x {s.grid} points",
+                      "real": "rendered clips of the same prompts" if in_world else
+                              "the reference clips, whose content is not what the prompts ask for"}
+
+    @functools.cached_property
+    def clip(self):
+        """(CLIP, its tokenizer, its preprocess)"""
+        return load_clip(self.folder, self.device)
+
     @torch.no_grad()
     def image_features(self, frames):
         """CLIP's view of frames (F,h,w,3) uint8 -> (F,D)"""
-        clip, _, preprocess = self.clip_judge
-        return clip.image_features(preprocess(frames)).cpu().numpy()
+        model, _, preprocess = self.clip
+        return model.image_features(preprocess(frames)).cpu().numpy()
 
     @functools.cache
     @torch.no_grad()
     def text_features(self, text):
         """CLIP's view of a text -> (D,)"""
-        clip, tokenizer, _ = self.clip_judge
-        return clip.text_features(tokenizer([text]).to(self.device))[0].cpu()
+        model, tokenizer, _ = self.clip
+        return model.text_features(tokenizer([text]).to(self.device))[0].cpu()
 
     @torch.no_grad()
     def measure(self, frames):
@@ -855,27 +854,25 @@ class Lab:
         (tracks,), (visible,) = find_tracks(pixels[None], self.settings.grid)
         return {"features": features, "fid_features": for_fid, "tracks": tracks[visible.all(1)].numpy()}
 
-    def reference(self, clip):
-        """The reference clip through the same judges, once per clip -> what `measure` gives."""
-        path = self.path("references", clip.name, clip.digest, self.judged_by)
-        return once(path, lambda: self.measure(clip.frames))
-
-    def judge(self, cell, sample):
-        """What the judges say about a sample: its scores, and what they were computed from."""
-        seen, reference = self.measure(sample["frames"]), self.reference(cell.clip)
+    def judge(self, cell, sample, reference):
+        """What the judges say about a sample: its scores, and what they were computed from.
+        reference: what `measure` gave for the reference clip.
+        """
+        seen = self.measure(sample["frames"])
         features, tracks = seen["features"], seen["tracks"]
         scores = {"text_similarity": text_similarity(features, self.text_features(cell.prompt)),
                   "motion_fidelity": motion_fidelity(tracks, reference["tracks"], still=STILL),
                   "temporal_consistency": temporal_consistency(features),
                   "leakage": appearance_leakage(features, reference["features"]),
                   **(self.attributes(cell.prompt, features) if self.in_world else {})}
-        about = {"variant": cell.variant.name, "clip": cell.clip.name, "prompt": cell.prompt,
-                 "place": cell.place, "seed": cell.seed, "train_seed": cell.train_seed, "scores": scores,
+        about = {"variant": cell.variant.name, "clip": cell.clip.name, "movement": cell.clip.movement,
+                 "prompt": cell.prompt, "prompt_index": cell.prompt_index, "seed": cell.seed,
+                 "train_seed": cell.train_seed, "scores": scores,
                  "moving_tracks": len(_steps(tracks, STILL)[0]), "tracks": len(tracks), **sample["about"]}
         return {"about": about, **seen}
 
     def attributes(self, prompt, features):
-        """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and their mean.
+        """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and all of them.
         For every attribute the prompt competes with the prompts in which only that attribute is another one.
         """
         own, right = world.attributes(prompt), {}
@@ -883,86 +880,64 @@ class Lab:
             texts = [world.describe(*own[:slot], choice, *own[slot + 1:]) for choice in choices]
             best = best_text(features, torch.stack([self.text_features(t) for t in texts]))
             right[f"shows_{name}"] = float(texts[best] == world.describe(*own))
-        return {**right, "attributes": float(np.mean(list(right.values())))}
+        return {**right, "attributes": min(right.values())}
 
     @functools.cache
     def real_features(self, prompt, *which):
         """CLIP features (F,D) of a rendered clip of this prompt in random motion; which: names the draw."""
         scene = world.scene(int(digest("real", *which)[:8], 16), tuple(world.MOTIONS), prompt)
-        return self.image_features(world.render(scene, self.settings.frames, self.clips[0].frames.shape[1]))
+        width = mini_mi.sizes(self.settings)[0][0]
+        return self.image_features(world.render(scene, self.settings.frames, width))
 
 
 # ================= RESULTS: from finished cells to numbers with intervals, and to sentences =================
 
-# A finished cell, what `Lab.judge` wrote about it, and the arrays beside that.
+# A finished cell, what `Judges.judge` wrote about it, and the arrays beside that.
 Sample = collections.namedtuple("Sample", "cell about arrays")
 
 
 def collect(lab):
-    """All results of the finished cells of the plan, as a JSON-able dict, ready for the report."""
-    s, kept = lab.settings, [(cell, once(lab.score_path(cell))) for cell in lab.cells]
-    samples = [Sample(cell, found["about"], found) for cell, found in kept if found]
-    by_name = {name: [x for x in samples if x.cell.variant.name == name] for name in s.variants}
+    """What the finished cells hold, as a JSON-able dict: scores of each, and the Frechet distances, which
+    take features. `analyse` needs no more than this.
+    """
+    kept = [(cell, once(lab.paths.score(cell))) for cell in lab.cells]
+    by_name = {name: [Sample(cell, found["about"], found) for cell, found in kept
+                      if found and cell.variant.name == name] for name in lab.settings.variants}
     by_name = {name: members for name, members in by_name.items() if members}
     if "full" not in by_name:
-        raise UserError(f"{s.out} has no finished cell of this grid: leave --report out, or change --out")
-    full, distances = by_name["full"], {name: distance_to_real(lab, by_name[name]) for name in by_name}
-    pairs = [(name, VARIANTS[name].against) for name in by_name
-             if name != "full" and not VARIANTS[name].own_prompt]
-    comparisons = [compare(pair, *(by_name[name] for name in pair), *(distances[name]["of"] for name in pair))
-                   for pair in pairs if pair[1] in by_name
-                   and set.intersection(*({x.cell.key for x in by_name[name]} for name in pair))]
-    ablations = [(c, m) for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
-    # A test of the family that was not made counts as one without a finding.
-    adjusted = holm([c["metrics"][m]["p"] for c, m in ablations] + [1.0] * (FAMILY - len(ablations)))
-    for (c, m), p in zip(ablations, adjusted):
-        c["metrics"][m]["p_holm"] = p
-    spreads = [spread(c["name"], m, by_name[c["name"]], full) for c, m in ablations]
-    preferred, votes = {}, {"tests": {}, "notes": []}
-    if s.votes:
-        questions, variant_of, run_id = ballot_questions(lab)
-        found, votes["notes"] = read_votes(s.votes, run_id, questions)
-        preferred, votes["tests"] = preference(found, variant_of), preference_tests(found, variant_of)
-    return {
-        "settings": dataclasses.asdict(s), "finished": len(samples), "planned": len(lab.cells),
-        "judges": {"clip": "the tiny CLIP" if lab.in_world else lab.clip_name,
-                   "frechet": "tiny-CLIP" if lab.in_world else "Inception",
-                   "tracker": f"{s.tracker}, {s.grid} x {s.grid} points",
-                   "real": "rendered clips of the same prompts" if lab.in_world else
-                           "the reference clips, whose content is not what the prompts ask for"},
-        "rows": [row(name, by_name[name], distances[name]["row"], preferred.get(name)) for name in by_name],
-        "comparisons": comparisons, "sentences": [sentence(c) for c in comparisons],
-        "components": [found for found in spreads if found], "preference": votes, "chance": chance(lab, full),
-        "cells": [x.about for x in samples]}
+        raise UserError(f"{lab.paths.out} has no finished cell of this grid: leave --report out, or change --out")
+    to_real = {name: distance_to_real(lab, members) for name, members in by_name.items()}
+    distances, drawn = {}, {name: sorted((s.cell.key, s.cell.train_seed) for s in members)
+                            for name, members in by_name.items()}
+    for name, (distance, facts) in to_real.items():
+        against, difference = VARIANTS[name].against, None
+        if name != against and drawn[name] == drawn.get(against):             # else the two differ in n
+            other = to_real[against][0]
+            difference = jackknife(lambda clips: distance(clips) - other(clips), clip_names(by_name[name]))
+        distances[name] = {**facts, "difference": difference}
+    return {"settings": dataclasses.asdict(lab.settings), "judges": lab.judges.names,
+            "finished": sum(map(len, by_name.values())), "planned": len(kept),
+            "chance": chance(lab, by_name["full"]), "distances": distances,
+            "cells": [found["about"] for _, found in kept if found]}
 
 
-def row(name, members, distance, vote):
-    """One line of the table: mean and interval of every metric, Frechet distance, votes, tracks, cost."""
-    clips, about = [s.cell.clip.name for s in members], [s.about for s in members]
-    moving, costs = np.array([a["moving_tracks"] for a in about]), [a["cost"] for a in about]
-    return {"name": name, "expected": VARIANTS[name].expected, "n": len(members), "clips": len(set(clips)),
-            "metrics": {m: student_interval(group_means([a["scores"][m] for a in about], clips))
-                        for m in METRICS if m in about[0]["scores"]},
-            **distance, "preference": vote, "moving_tracks": float(moving.mean()),
-            "moving_share": float(np.mean(moving / [max(1, a["tracks"]) for a in about])),
-            "still": int((moving == 0).sum()),
-            "cost": {key: None if costs[0][key] is None else float(np.mean([cost[key] for cost in costs]))
-                     for key in costs[0]}}
+def clip_names(samples):
+    """The clips of some samples, each once -> tuple of names."""
+    return tuple(dict.fromkeys(s.cell.clip.name for s in samples))
 
 
-def distance_to_real(lab, members):
-    """The Frechet distance of a variant's samples from a real set: its part of the row, and `of` some clips.
+def distance_to_real(lab, samples):
+    """The Frechet distance of a variant's samples from a real set -> (distance of some clips, facts).
     In the tiny world the real set matches the content: for every sample a rendered clip of the same prompt
     with a random motion; a second such set gives the floor, real from real at equal n. Elsewhere the real set
     is the reference clips, and the floor their one half from the other.
     """
-    clips = {s.cell.clip.name: s.cell.clip for s in members}
-    names = tuple(clips)
+    names = clip_names(samples)
 
     def per_clip(features):
         """features(sample) of all samples of each clip: name -> (n,d)."""
-        return {name: np.concatenate([features(s) for s in members if s.cell.clip.name == name])
-                for name in clips}
+        return {name: np.concatenate([features(s) for s in samples if s.cell.clip.name == name])
+                for name in names}
 
     def between(a, b, some=names, others=None):
         """The Frechet distance of two such dicts, of some clips."""
@@ -970,57 +945,19 @@ def distance_to_real(lab, members):
                                   for side, which in ((a, some), (b, others or some))))
 
     fake, floor = per_clip(lambda s: s.arrays["fid_features"]), None
-    if lab.in_world:
-        real, again = (per_clip(lambda s: lab.real_features(s.cell.prompt, *s.cell.key, s.cell.train_seed, n))
-                       for n in (0, 1))
+    if lab.judges.in_world:
+        real, again = (per_clip(lambda s: lab.judges.real_features(s.cell.prompt, *s.cell.key,
+                                                                   s.cell.train_seed, n)) for n in (0, 1))
         floor = between(real, again)
     else:
-        real = {name: lab.reference(clip)["fid_features"] for name, clip in clips.items()}
+        real = {clip.name: lab.reference(clip)["fid_features"] for clip in lab.clips if clip.name in names}
         halves = names[::2], names[1::2]
         if min(sum(len(real[name]) for name in half) for half in halves) > 1:
             floor = between(real, real, *halves)
-    of = functools.cache(functools.partial(between, fake, real))
+    distance = functools.cache(functools.partial(between, fake, real))
     kid = kernel_distance(*(np.concatenate([*side.values()]) for side in (fake, real)))
-    return {"of": of, "row": {"frechet": jackknife(of, names), "frechet_floor": floor, "kid": kid,
-                              "frames": sum(map(len, fake.values()))}}
-
-
-def compare(names, ours, theirs, our_distance, their_distance):
-    """Two variants: samples of the same clip, prompt and seed in pairs, clips as independent units."""
-    keys = [key for key in dict.fromkeys(s.cell.key for s in ours) if key in {s.cell.key for s in theirs}]
-    (name, against), clips, metrics = names, [clip for clip, *_ in keys], {}
-
-    def scores(side, metric):
-        """For every key the metric, mean over trainings."""
-        return [np.mean([s.about["scores"][metric] for s in side if s.cell.key == key]) for key in keys]
-
-    for m in [m for m in METRICS if m in ours[0].about["scores"]]:
-        mean, low, high, p = paired_difference(scores(ours, m), scores(theirs, m), clips)
-        alpha = 0.05 / FAMILY if name in ABLATIONS and m in PRIMARY else 0.05
-        metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
-                      "detectable": detectable_difference(high - mean, len(set(clips)), alpha=alpha)}
-    frechet, same = None, [sorted((s.cell.key, s.cell.train_seed) for s in side) for side in (ours, theirs)]
-    if same[0] == same[1]:                          # else the two distances differ in n
-        frechet = jackknife(lambda some: our_distance(some) - their_distance(some), (*dict.fromkeys(clips),))
-    return {"name": name, "against": against, "pairs": len(keys), "clips": len(set(clips)),
-            "metrics": metrics, "frechet": frechet}
-
-
-def spread(name, metric, members, full):
-    """Where the spread of an ablation's differences comes from, and what other such runs would detect.
-    Prompts and seeds are one level, samples. None for one clip, and while cells are missing.
-    """
-    ours, theirs = ({(s.cell.clip.name, s.cell.train_seed, s.cell.key[1:]): s.about["scores"][metric]
-                     for s in side} for side in (members, full))
-    keys = sorted(ours.keys() & theirs.keys())
-    shape = [len({key[level] for key in keys}) for level in range(3)]            # clips, trainings, samples
-    if shape[0] < 2 or not len(keys) == len(ours) == len(theirs) == math.prod(shape):
-        return None
-    parts = variance_components(np.reshape([ours[key] - theirs[key] for key in keys], shape))
-    return {"name": name, "metric": metric, "shape": shape,
-            "deviations": [None if part is None else math.sqrt(part) for part in parts],
-            "detectable": [[*run, detectable_with(parts, *run, alpha=0.05 / FAMILY)]
-                           for run in (shape, (24, 1, 8), (48, 1, 8), (60, 1, 8))]}
+    return distance, {"frechet": jackknife(distance, names), "frechet_floor": floor, "kid": kid,
+                      "frames": sum(map(len, fake.values()))}
 
 
 def chance(lab, full):
@@ -1032,6 +969,94 @@ def chance(lab, full):
         means += [np.mean(found)] if found else []
     return student_interval(means) if means else None
 
+
+# --------------------------------------------------------------------------------- the analysis, of JSON alone
+
+NO_VOTES = {"shares": {}, "tests": {}, "notes": []}
+
+
+def analyse(measured):
+    """What `collect` gave, from a run or from a published results.json -> the same with rows, comparisons and
+    sentences. Votes that were counted are in it as "preference".
+    """
+    by_name = collections.defaultdict(list)
+    for cell in measured["cells"]:
+        by_name[cell["variant"]].append(cell)
+    names = [name for name in measured["settings"]["variants"] if name in by_name]
+    distances, votes = measured["distances"], measured.get("preference") or NO_VOTES
+    comparisons = []
+    for name in names:
+        against = VARIANTS[name].against
+        shared = {pair_key(c) for c in by_name[name]} & {pair_key(c) for c in by_name.get(against, ())}
+        if name != against and shared:              # none for those that show the reference's own caption
+            comparisons.append(compare(name, by_name[name], by_name[against], distances[name]["difference"]))
+    family = [c["metrics"][m] for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
+    # A test of the family that was not made counts as one without a finding.
+    for test, p in zip(family, holm([test["p"] for test in family] + [1.0] * (FAMILY - len(family)))):
+        test["p_holm"] = p
+    rows = [row(name, by_name[name], distances[name], votes["shares"].get(name)) for name in names]
+    by_motion = {c["name"]: sentence_by_motion(c) for c in comparisons}
+    further = [*interaction(by_name), *embeddings_against_none(comparisons), *way_to_the_bound(rows)]
+    return {**{key: value for key, value in measured.items() if key != "cells"},
+            "rows": rows, "comparisons": comparisons, "preference": votes,
+            "sentences": [sentence(c) for c in comparisons],
+            "by_motion": {name: said for name, said in by_motion.items() if said}, "further": further,
+            "cells": measured["cells"]}                              # last: they are long
+
+
+def row(name, cells, distance, vote):
+    """One line of the table: mean and interval of every metric, Frechet distance, votes, tracks, cost."""
+    clips, metrics = [c["clip"] for c in cells], {}
+    for m in [m for m in METRICS if m in cells[0]["scores"]]:
+        values = [c["scores"][m] for c in cells]
+        metrics[m] = ([float(np.mean(values)), *share_interval(values, clips)] if m == "attributes" else
+                      student_interval(group_means(values, clips)))
+    moving, costs = np.array([c["moving_tracks"] for c in cells]), [c["cost"] for c in cells]
+    return {"name": name, "expected": VARIANTS[name].expected, "n": len(cells), "clips": len(set(clips)),
+            "metrics": metrics, **{key: value for key, value in distance.items() if key != "difference"},
+            "preference": vote, "moving_tracks": float(moving.mean()), "fewest_moving": int(moving.min()),
+            "tracks": float(np.mean([c["tracks"] for c in cells])), "still": int((moving == 0).sum()),
+            "cost": {key: None if costs[0][key] is None else float(np.mean([cost[key] for cost in costs]))
+                     for key in costs[0]}}
+
+
+def pair_key(cell):
+    """What two cells of a pair share: clip, prompt and seed, so the start noise, too."""
+    return cell["clip"], cell["prompt_index"], cell["seed"]
+
+
+def per_pair(cells, metric):
+    """pair key -> the metric, its mean over trainings."""
+    values = collections.defaultdict(list)
+    for cell in cells:
+        values[pair_key(cell)].append(cell["scores"][metric])
+    return {key: float(np.mean(some)) for key, some in values.items()}
+
+
+def compare(name, ours, theirs, frechet):
+    """A variant and the one it is held against: pairs of samples, clips as independent units; where several
+    clips have one motion, motions as units, too.
+    """
+    metrics, movement = {}, {c["clip"]: c["movement"] for c in ours}
+    for m in [m for m in METRICS if m in ours[0]["scores"]]:
+        a, b = per_pair(ours, m), per_pair(theirs, m)
+        keys = [key for key in a if key in b]
+        clips, pairs = [key[0] for key in keys], ([a[key] for key in keys], [b[key] for key in keys])
+        mean, low, high, p = paired_difference(*pairs, clips)
+        alpha = 0.05 / FAMILY if name in ABLATIONS and m in PRIMARY else 0.05
+        metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
+                      "detectable": detectable_difference(high - mean, len(set(clips)), alpha=alpha)}
+        motions = [movement[clip] for clip in clips]
+        if m in PRIMARY and 1 < len(set(motions)) < len(set(clips)):
+            mean, low, high, p = paired_difference(*pairs, motions)
+            signs = np.sign(group_means(np.subtract(*pairs), motions))
+            metrics[m]["by_motion"] = {"mean": mean, "low": low, "high": high, "p": p, "motions": len(signs),
+                                       "same_sign": int((signs == np.sign(mean)).sum())}
+    return {"name": name, "against": VARIANTS[name].against, "pairs": len(keys), "clips": len(set(clips)),
+            "metrics": metrics, "frechet": frechet}
+
+
+# --------------------------------------------------------------------------------------------------- sentences
 
 def p_text(p):
     """0.0123 -> "p = 0.012"; never 0, which no sample of sign patterns can show."""
@@ -1064,6 +1089,67 @@ def sentence(comparison):
     return f"{comparison['name']} against {comparison['against']}, {clips} clips: {'. '.join(parts)}."
 
 
+def sentence_by_motion(comparison):
+    """The second line of an ablation: its primary tests with motions as units, where motions repeat."""
+    tests = {m: comparison["metrics"][m].get("by_motion") for m in PRIMARY}
+    if comparison["name"] not in ABLATIONS or None in tests.values():
+        return ""
+    parts = [f"{METRICS[m][:-2]} {signed(test)} in the mean over motions, {test['same_sign']} of "
+             f"{test['motions']} of this sign" for m, test in tests.items()]
+    return (f"{comparison['name']} with the {tests[PRIMARY[0]]['motions']} motions as units, since the clips repeat them: "
+            f"{'; '.join(parts)}.")
+
+
+def signed(test, digits=3):
+    """A difference with its interval -> "-0.130 (-0.177 to -0.082)"."""
+    return f"{test['mean']:+.{digits}f} ({test['low']:+.{digits}f} to {test['high']:+.{digits}f})"
+
+
+def interaction(by_name):
+    """Do the two parts need each other? full - no-mqk - no-mv + base, paired; 0 where they simply add up."""
+    if not {"full", "base", *ABLATIONS} <= {*by_name}:
+        return []
+    full, no_mqk, no_mv, base = (per_pair(by_name[name], "motion_fidelity")
+                                 for name in ("full", *ABLATIONS, "base"))
+    keys = [key for key in full if key in no_mqk and key in no_mv and key in base]
+    if len({key[0] for key in keys}) < 2:
+        return []
+    together = [full[key] + base[key] for key in keys]
+    mean, low, high, p = paired_difference(together, [no_mqk[key] + no_mv[key] for key in keys],
+                                           [key[0] for key in keys])
+    said = ("together the parts bring more than the sum of what each brings alone" if low > 0 else
+            "together the parts bring less than the sum of what each brings alone" if high < 0 else
+            "the parts add up, as far as these clips show")
+    return [f"Interaction of MQK and MV in Motion Fidelity (full - no-mqk - no-mv + base, exploratory): "
+            f"{signed({'mean': mean, 'low': low, 'high': high})}; {p_text(p)}: {said}."]
+
+
+def embeddings_against_none(comparisons):
+    """What the method gains and what it costs, with the same start noise: full against base, in every metric."""
+    parts = []
+    for comparison in [c for c in comparisons if c["name"] == "base"]:
+        tests = {METRICS[m][:-2]: (t["mean"], t["low"], t["high"]) for m, t in comparison["metrics"].items()}
+        tests["Fréchet distance"] = comparison["frechet"]
+        for title, triple in tests.items():
+            if triple and all(map(is_known, triple)):
+                mean, high, low = (0.0 - value for value in triple)  # base - full, turned round
+                parts.append(f"{title} {signed({'mean': mean, 'low': low, 'high': high}, digits=4)}")
+    return [f"full against base, exploratory: {'; '.join(parts)}."] if parts else []
+
+
+def way_to_the_bound(rows):
+    """How much of the way in Motion Fidelity from the model unasked to the autoencoder's bound is closed."""
+    fidelity = {r["name"]: r["metrics"]["motion_fidelity"][0] for r in rows}
+    if (not {"full", "base", "base-no-inversion", "vae"} <= {*fidelity}
+            or not fidelity["base-no-inversion"] < fidelity["base"] < fidelity["vae"]):
+        return []
+    way = fidelity["vae"] - fidelity["base-no-inversion"]
+    alone, full = ((fidelity[name] - fidelity["base-no-inversion"]) / way for name in ("base", "full"))
+    return [f"Of the way in Motion Fidelity from base-no-inversion ({fidelity['base-no-inversion']:.3f}) to vae "
+            f"({fidelity['vae']:.3f}) base alone closes {alone:.2f} and full {full:.2f}: full closes "
+            f"{(full - alone) / (1 - alone):.2f} of what base leaves."]
+
+
 # ============= BALLOT: User Preference, from a page that people vote on to shares with intervals ============
 
 VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
@@ -1072,100 +1158,98 @@ FEW = 5                                              # participants below which 
 # A participant's choice: the id of a candidate of that question.
 Vote = collections.namedtuple("Vote", "participant question choice")
 # Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8. id and the
-# keys of candidates are opaque hexadecimal numbers; every question has a candidate of every variant of the
-# ballot. caption, what the reference shows, is the prompt of an attention check.
-Question = collections.namedtuple("Question", "id prompt reference candidates caption", defaults=[""])
+# keys of candidates are opaque; every question has a candidate of every variant of the ballot. caption, what
+# the reference shows, is the prompt of an attention check.
+Question = collections.namedtuple("Question", "id prompt reference candidates caption")
 
 
-def ballot_questions(lab, most=20):
-    """Questions of the ballot, from finished cells -> (list of Question, candidate id -> variant, run id).
-    A candidate's id is a hash of its file: only who holds the cells can tell what it is. What a ballot asks
-    is kept in ballot.json, so that votes go on counting when there are more cells; delete it to ask anew.
+def opaque(letter, *what):
+    """An id that tells nothing. It begins with a letter, or a spreadsheet takes 728957227716 for a number."""
+    return letter + digest(*what)
+
+
+def make_ballot(lab, most=20):
+    """Writes, from finished cells, ballot.html, on which people vote, and ballot.json, all that counting takes.
+    ballot.json never goes into the page: it names the variants and the right answers of the checks.
     """
-    s, file, clips = lab.settings, lab.out / "ballot.json", {clip.name: clip for clip in lab.clips}
+    s, file, page = lab.settings, lab.paths.out / "ballot.json", lab.paths.out / "ballot.html"
+    if len(s.ballot_variants) < 2 or any(VARIANTS[name].own_prompt for name in s.ballot_variants):
+        raise UserError("--ballot-variants takes two or more variants that show the target prompts")
+    questions, variant_of = ballot_questions(lab, most)
+    run_id = opaque("r", sorted(variant_of))
+    checks = attention_checks(questions, run_id)
+    ballot = {"run": run_id, "variants": s.ballot_variants,
+              "questions": {q.id: {key: variant_of[key] for key in q.candidates} for q in questions},
+              "checks": {q.id: {"right": right, "candidates": list(q.candidates)} for q, right in checks}}
+    if file.exists() and mini_mi.read_json(file) != ballot:
+        raise UserError(f"{file} is of another ballot: votes that were given on it could not be counted any "
+                        "more; delete it to ask anew")
+    write_ballot(page, [*questions, *(q for q, _ in checks)], run_id, s.fps)
+    write_text(file, json.dumps(ballot, indent=1))
+    print(f"{page}: {len(questions)} questions and {len(checks)} attention checks; give it to people as it is, "
+          f"keep {file.name} to yourself, and count what they save with --votes")
 
-    def path(variant, name, place):
-        """The file of a candidate."""
-        return lab.sample_path(Cell(VARIANTS[variant], clips[name], place, 0))
 
-    asked = mini_mi.read_json(file) if file.exists() else {}
-    if not asked and not s.ballot:
-        raise UserError(f"{file} is missing: votes need the --ballot they were given on")
-    if s.ballot and asked and asked["variants"] != s.ballot_variants:
-        raise UserError(f"{file} asks about {', '.join(asked['variants'])}: delete it for another ballot; "
-                        "votes that were given on it will not count any more")
-    if not asked:
-        ready = [(name, place) for name in clips for place in range(s.prompt_count)
-                 if all(path(variant, name, place).exists() for variant in s.ballot_variants)]
-        if not ready:
-            raise UserError(f"no prompt has a finished cell of each of {', '.join(s.ballot_variants)}")
-        chosen = np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int)
-        asked = {"variants": s.ballot_variants, "questions": [ready[i] for i in chosen]}
-        write_text(file, json.dumps(asked))
-    questions, variant_of = [], {}
-    for name, place in asked["questions"]:
-        if name not in clips:
-            raise UserError(f"the ballot asks about {name}, which is none of these clips: take the settings "
-                            f"of that run, or delete {file} for a new ballot")
-        clip, candidates = clips[name], {}
-        for variant in asked["variants"]:
-            cell_path = path(variant, name, place)
-            if (found := once(cell_path)) is None:
-                raise UserError(f"the ballot shows {cell_path.name}, which is missing: take the settings of "
-                                f"that run, or delete {file} for a new ballot")
-            key = hashlib.sha256(cell_path.read_bytes()).hexdigest()[:12]
-            candidates[key], variant_of[key] = found["frames"], variant
-        questions.append(Question(digest("question", name, place), clip.prompts[place], clip.frames,
+def ballot_questions(lab, most):
+    """At most so many questions, spread over the finished cells -> (list of Question, candidate id -> variant).
+    A candidate's id is a hash of its file: only who holds the cells can tell what it is.
+    """
+    s, questions, variant_of = lab.settings, [], {}
+    ready = []
+    for clip, prompt_index in itertools.product(lab.clips, range(s.prompt_count)):
+        files = {name: lab.paths.sample(Cell(VARIANTS[name], clip, prompt_index, 0)) for name in s.ballot_variants}
+        if all(file.exists() for file in files.values()):
+            ready.append((clip, prompt_index, files))
+    if not ready:
+        raise UserError(f"no prompt has a finished cell of each of {', '.join(s.ballot_variants)}")
+    for n in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int):
+        (clip, prompt_index, files), candidates = ready[n], {}
+        for name, file in files.items():
+            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
+            with mini_mi.built_from(file, "is damaged"):
+                candidates[key], variant_of[key] = read_arrays(file)["frames"], name
+        questions.append(Question(opaque("q", clip.name, prompt_index), clip.prompts[prompt_index], clip.frames,
                                   candidates, clip.caption))
-    return questions, variant_of, digest(sorted(variant_of))
+    return questions, variant_of
 
 
 def attention_checks(questions, run_id):
     """Two questions whose answer is beyond doubt -> [(Question, id of the right candidate)].
     One candidate is the reference itself, under its own caption; the others stand still. The references that
-    move most are taken; one that never moves would make everybody fail. Ids are hashes of run and content, in
-    the form of all other ids: nothing in the page marks a check, and `read_votes` finds it again.
+    change most are taken; one that never moves would make everybody fail. Nothing in the page marks a check.
     """
-    def opaque(like, n, frames):
-        """A hexadecimal id as long as `like`: nothing in the page marks a check."""
-        return hashlib.sha256(f"{run_id} {n} ".encode() + frames.tobytes()).hexdigest()[:len(like)]
-
-    def movement(q):
+    def change(q):
         """How much a question's reference changes from frame to frame."""
         return np.abs(np.diff(q.reference.astype(int), axis=0)).mean()
 
     clips = {q.reference.tobytes(): q for q in questions}            # a clip once, though it has many prompts
-    moving, checks = sorted(filter(movement, clips.values()), key=movement, reverse=True), []
+    moving, checks = sorted(filter(change, clips.values()), key=change, reverse=True), []
     for n, q in enumerate([*moving, *moving][:2]):
         stills = np.linspace(0, len(q.reference) - 1, len(q.candidates) - 1).astype(int)
         shown = [q.reference, *(np.repeat(q.reference[i:i + 1], len(q.reference), axis=0) for i in stills)]
-        ids = [opaque(next(iter(q.candidates)), f"{n}.{i}", frames) for i, frames in enumerate(shown)]
-        check = Question(opaque(q.id, n, q.reference), q.caption or "the same as in the reference",
-                         q.reference, dict(zip(ids, shown)))
+        ids = [opaque("c", run_id, n, i) for i in range(len(shown))]
+        check = Question(opaque("q", run_id, n), q.caption, q.reference, dict(zip(ids, shown)), q.caption)
         checks.append((check, ids[0]))
     return checks
 
 
 def write_ballot(path, questions, run_id, fps):
     """Writes the page on which people vote: one file that needs no server and no network.
-    Participants see the questions and two attention checks, in an order of their own, and save votes-ID.csv.
-    Texts reach the page as JSON with no character that could end a script, and are put in as text; the policy
-    in its head lets nothing load but this style, this script and the pictures inside the page.
+    Participants see the questions, attention checks among them, in an order of their own, and save
+    votes-ID.csv. Texts reach the page as JSON with no character that could end a script, and are put in as
+    text; the policy in its head lets nothing load but this style, this script and the pictures in the page.
     """
-    if len({len(q.candidates) for q in questions}) != 1 or len(questions[0].candidates) < 2:
-        raise UserError("a ballot needs finished cells of at least two variants of the same prompts")
     # A worked example, which data/ballot.html explains. No motion that is tested is in it.
     right, wrong = "a yellow star on a teal plain background", "a red circle on a brown striped background"
     example = {"still": ("rest", right), "same": ("zigzag", wrong), "right": ("zigzag", right),
                "other": ("zoom_in", right)}
     clips = {key: world.render(world.scene(3, [motion], text)) for key, (motion, text) in example.items()}
     # Sorted by their opaque ids: the order in the page says nothing about variants or checks.
-    shown = sorted([*questions, *(q for q, _ in attention_checks(questions, run_id))], key=lambda q: q.id)
+    shown = [Question("example", right, clips["same"], clips, wrong), *sorted(questions, key=lambda q: q.id)]
     # Strips of small clips are lossless: enlarged on the page, they would show every trace of compression.
     data = json.dumps({"run": run_id, "fps": fps, "fields": VOTE_FIELDS, "questions": [
         {"id": q.id, "prompt": q.prompt, "reference": film_strip(q.reference),
-         "candidates": {key: film_strip(q.candidates[key]) for key in sorted(q.candidates)}}
-        for q in [Question("example", right, clips["same"], clips), *shown]]})
+         "candidates": {key: film_strip(q.candidates[key]) for key in sorted(q.candidates)}} for q in shown]})
     for character in "<>&":                                      # json.dumps itself escapes all but ASCII
         data = data.replace(character, f"\\u{ord(character):04x}")
     page = (mini_mi.HERE / "data" / "ballot.html").read_text(encoding="utf-8")
@@ -1176,54 +1260,64 @@ def write_ballot(path, questions, run_id, fps):
     write_text(path, page.replace("POLICY", policy, 1).replace("QUESTIONS", data, 1))
 
 
-def read_votes(paths, run_id, questions):
+def count_votes(paths, file):
+    """Votes in files and folders, counted by a ballot.json -> what results.json says of User Preference."""
+    if not file.exists():
+        raise UserError(f"{file} is missing: votes need the --ballot that they were given on")
+    ballot = mini_mi.read_json(file)
+    with mini_mi.built_from(file):
+        variant_of = {key: name for candidates in ballot["questions"].values() for key, name in candidates.items()}
+        votes, notes = read_votes(paths, ballot)
+    return {"shares": preference(votes, variant_of), "tests": preference_tests(votes, variant_of), "notes": notes}
+
+
+def read_votes(paths, ballot):
     """Votes from files, and folders of files, that participants saved -> (list of Vote, notes).
     Each question of each participant counts once: its last answer, files taken in the order given. Whoever
-    did not give the right answer to both attention checks is left out; a file that is not of this run, too.
-    notes tell it, a line each. Raises UserError where a file does not exist.
+    did not give the right answer to every attention check is left out; a file that is not of this run, too.
+    notes tell it, a line each. ballot: as ballot.json keeps it.
     """
-    checks, answers, notes, changed = attention_checks(questions, run_id), {}, [], 0
-    candidates = {q.id: set(q.candidates) for q in [*questions, *(q for q, _ in checks)]}
+    answers, notes, changed = {}, [], 0
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"--votes {path}: there is no such file or folder")
         # A browser saves a second time as "votes-ID (1).csv": the longer name is the later one.
         files = sorted(path.glob("*.csv"), key=lambda f: (len(f.name), f.name)) if path.is_dir() else [path]
         notes += [] if files else [f"{path}: no .csv file in it"]
         for file in files:
             try:
-                found = read_ballot(file, run_id, candidates)
+                found = read_ballot(file, ballot)
             except (OSError, ValueError, csv.Error) as e:            # text that is not UTF-8 is a ValueError
                 notes.append(f"{file} left out: {mini_mi.one_line(e)}")
                 continue
             changed += sum(answers.get(asked, choice) != choice for asked, choice in found.items())
             answers.update(found)
     people = {person for person, _ in answers}
-    careful = {p for p in people if all(answers.get((p, q.id)) == right for q, right in checks)}
+    careful = {person for person in people if all(answers.get((person, question)) == check["right"]
+                                                  for question, check in ballot["checks"].items())}
     if careful != people:
-        notes.append(f"{len(people - careful)} of {len(people)} participants left out: not both of the two "
-                     "attention checks passed")
+        notes.append(f"{len(people - careful)} of {len(people)} participants left out: not all of the "
+                     f"{len(ballot['checks'])} attention checks passed")
     if changed:
         notes.append(f"{changed} answers differ between two files of a participant: the later file counts")
-    real = {q.id for q in questions}
-    return [Vote(person, asked, choice) for (person, asked), choice in answers.items()
-            if person in careful and asked in real], notes
+    return [Vote(person, question, choice) for (person, question), choice in answers.items()
+            if person in careful and question in ballot["questions"]], notes
 
 
-def read_ballot(file, run_id, candidates):
-    """A saved file -> (participant, question id) -> choice; ValueError says why it is none of this run.
-    candidates: question id -> the ids of all that the page shows there.
-    """
+def read_ballot(file, ballot):
+    """A saved file -> (participant, question id) -> choice; ValueError says which cell is not of this run."""
+    candidates = {**ballot["questions"], **{key: check["candidates"] for key, check in ballot["checks"].items()}}
     found, text = {}, Path(file).read_text(encoding="utf-8-sig")
     # Spreadsheets begin a file with a mark, and some write semicolons.
-    for row in csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ","):
+    reader = csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ",")
+    for row in reader:
         if list(row) != VOTE_FIELDS or None in row.values():
             raise ValueError(f"its columns are not {','.join(VOTE_FIELDS)}")
-        if row["run"] != run_id:
-            raise ValueError("these votes are of another run")
-        shown = candidates.get(row["question"], set())
-        if not row["participant"] or row["choice"] not in shown or {*row["shown"].split("|")} != shown:
-            raise ValueError("it names what this run did not show")
+        shown = candidates.get(row["question"], ())
+        fits = {"run": row["run"] == ballot["run"], "participant": row["participant"] != "",
+                "question": bool(shown), "shown": sorted(row["shown"].split("|")) == sorted(shown),
+                "choice": row["choice"] in shown}
+        for field in [field for field, right in fits.items() if not right]:
+            raise ValueError(f"line {reader.line_num}, {field}: the page of this run ({ballot['run']}) did not "
+                             f"write {row[field][:40]!r}; a vote on another run, or a program changed it")
         found[row["participant"], row["question"]] = row["choice"]
     if not found:
         raise ValueError("there is no vote in it")
@@ -1233,15 +1327,14 @@ def read_ballot(file, run_id, candidates):
 def preference(votes, variant_of):
     """The share of all votes per variant -> name -> dict(share, low, high, n, participants, chance, note).
     variant_of: candidate id -> variant; every question shows all variants, so chance is one in their number.
-    The 95 % interval spans two: Wilson's, which takes votes for independent, and a bootstrap over
-    participants, which does not, but has no width where all agree. note: says it when few people voted.
+    note: says it when few people voted.
     """
     names, people, found = list(dict.fromkeys(variant_of.values())), [v.participant for v in votes], {}
     note = f"a trial with fewer than {FEW} participants, not a result" if len(set(people)) < FEW else ""
     for name in names if votes else ():
         wins = [int(variant_of[v.choice] == name) for v in votes]
-        low, high = zip(wilson_interval(sum(wins), len(wins)), clustered_share(wins, people))
-        found[name] = {"share": sum(wins) / len(wins), "low": min(low), "high": max(high), "n": len(wins),
+        low, high = share_interval(wins, people)
+        found[name] = {"share": sum(wins) / len(wins), "low": low, "high": high, "n": len(wins),
                        "participants": len(set(people)), "chance": 1 / len(names), "note": note}
     return found
 
@@ -1263,63 +1356,76 @@ def write_text(path, text):
         Path(temporary).write_text(text, encoding="utf-8", newline="\n")
 
 
+def is_known(value):
+    """There and finite. JSON has no infinity: the interval of one clip is null there."""
+    return value is not None and math.isfinite(value)
+
+
 def number(value, form=".3f"):
     """0.1234 -> "0.123"; what is missing or not finite is a dash."""
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+    return format(value, form) if is_known(value) else "–"
 
 
 def plus_minus(triple, form=".3f"):
     """(mean, low, high) around the mean -> "0.123 ± 0.022"."""
-    return f"{number(triple[0], form)} ± {number(triple[2] - triple[0])}" if triple else "–"
+    half = triple[2] - triple[0] if triple and is_known(triple[2]) else None
+    return f"{number(triple[0], form)} ± {number(half, form.lstrip('+'))}" if triple else "–"
+
+
+def share_text(share, low, high):
+    """A share's interval is not symmetric -> "0.95 (0.91 to 0.98)"."""
+    return f"{share:.3f} ({low:.3f} to {high:.3f})"
 
 
 def document(results):
     """What results.md and report.html both say: name -> sentences, or a table as a list of (head -> text)."""
-    rows, judges, preference = results["rows"], results["judges"], results["preference"]
+    rows, judges = results["rows"], results["judges"]
     parts, distance = collections.defaultdict(list), f"Fréchet distance ({judges['frechet']} features) ↓"
+    people = {r["name"]: r["preference"] for r in rows if r["preference"]}
     for r in rows:
-        vote, cost, metrics = r["preference"], r["cost"], [
-            (METRICS[m], plus_minus(interval)) for m, interval in r["metrics"].items()]
-        voted = f"{vote['share']:.2f} ({vote['low']:.2f} to {vote['high']:.2f})" if vote else "–"
-        # The first three metrics, the distance and the votes are the paper's five.
+        cost, vote = r["cost"], people.get(r["name"])
+        waits = "no votes yet" if not people and r["name"] in BALLOT_VARIANTS else "–"
+        metrics = [(METRICS[m], share_text(*triple) if m == "attributes" else plus_minus(triple))
+                   for m, triple in r["metrics"].items()]
         parts["main"].append({
-            "variant": r["name"], **dict(metrics[:3]), distance: plus_minus(r["frechet"]),
-            "User Preference ↑": voted, **dict(metrics[3:]), "n (clips)": f"{r['n']} ({r['clips']})"})
+            "variant": r["name"], **dict(metrics[:3]), distance: plus_minus(r["frechet"], ".4f"),
+            "User Preference ↑": share_text(vote["share"], vote["low"], vote["high"]) if vote else waits,
+            **dict(metrics[3:]), "n (clips)": f"{r['n']} ({r['clips']})"})
         parts["details"].append({
             "variant": r["name"], "frames": str(r["frames"]),
-            "Fréchet, real from real": number(r["frechet_floor"]), "KID x 1000": number(1000 * r["kid"]),
-            "moving tracks": f"{r['moving_tracks']:.0f} ({100 * r['moving_share']:.0f} %)",
+            "Fréchet, real from real": number(r["frechet_floor"], ".4f"), "KID x 1000": number(1000 * r["kid"]),
+            "tracks that Motion Fidelity rests on": f"{r['moving_tracks']:.0f} of {r['tracks']:.0f} "
+                                                    f"(fewest {r['fewest_moving']})",
             "samples without any": str(r["still"]), "training s": number(cost["train_seconds"], ".1f"),
             "sampling s": number(cost["sample_seconds"], ".2f"),
             "training memory, MiB of GPU": number(cost["memory"], ".0f"),
             "embedding parameters": number(cost["parameters"], ",.0f")})
+    parts["main"].append({**dict.fromkeys(parts["main"][0], "–"), "variant": "real from real",
+                          distance: number(rows[0]["frechet_floor"], ".4f")})
     for c, said in zip(results["comparisons"], results["sentences"]):
-        parts["answers" if c["name"] in ABLATIONS else "others"].append(said)
+        asked = c["name"] in ABLATIONS
+        parts["answers" if asked else "others"].append(said)
+        parts["answers"] += [results["by_motion"][c["name"]]] if c["name"] in results["by_motion"] else []
         parts["differences"].append({"difference": f"{c['name']} (from {c['against']})", **{
             METRICS[m]: plus_minus((t["mean"], t["low"], t["high"]), "+.3f")
             + (f" ({p_text(t['p_holm'])}, Holm)" if "p_holm" in t else f" ({p_text(t['p'])})")
-            for m, t in c["metrics"].items()}, distance: plus_minus(c["frechet"], "+.3f")})
-    for c in results["components"]:
-        levels = zip(("deviation between clips", "between trainings", "between samples", "rest"),
-                     c["deviations"])
-        runs = ((f"detectable with {clips} x {trainings} x {samples}", least)
-                for clips, trainings, samples, least in c["detectable"])
-        parts["spread"].append({"difference from full": f"{c['name']}, {METRICS[c['metric']][:-2]}",
-                                **{head: number(value) for head, value in (*levels, *runs)}})
-    people = {r["name"]: r["preference"] for r in rows if r["preference"]}
+            for m, t in c["metrics"].items()}, distance: plus_minus(c["frechet"], "+.4f")})
+    parts["answers"] += results["further"]
     parts["expected"] = [f"{r['name']}: {r['expected']}" for r in rows]
+    parts["votes"] = [
+        *(f"User Preference of {name}: {v['n']} votes of {v['participants']} people, chance {v['chance']:.3f}"
+          f"{v['note'] and ': ' + v['note']}." for name, v in people.items()),
+        *(f"User Preference, full against {name}: {plus_minus(test, '+.3f')} of the votes, {p_text(p)} "
+          "by sign flips over participants." for name, (*test, p) in results["preference"]["tests"].items()),
+        *results["preference"]["notes"]]
+    if not people:
+        parts["votes"].append("User Preference: no votes yet. eval_mi.py --ballot writes the page on which "
+                              "people vote, and eval_mi.py --votes FILE... counts them.")
     parts["notes"] = [
         f"Judges: {judges['clip']} for texts and frames; tracker {judges['tracker']}. The Fréchet distance "
         f"compares {judges['frechet']} features with those of {judges['real']}.",
         "Chance level of Motion Fidelity, against reference clips of other motions: "
-        f"{plus_minus(results['chance'])}.",
-        *(f"User Preference, full against {name}: {plus_minus(test, '+.3f')} of the votes, {p_text(p)} "
-          "by sign flips over participants." for name, (*test, p) in preference["tests"].items()),
-        *(f"User Preference of {name}: {v['n']} votes of {v['participants']} people, chance {v['chance']:.3f}"
-          f"{v['note'] and ': ' + v['note']}." for name, v in people.items()), *preference["notes"]]
-    if not people:
-        parts["notes"].append("User Preference: no votes yet. eval_mi.py --ballot writes the page on which "
-                              "people vote, and eval_mi.py --votes FILE... counts them.")
+        f"{plus_minus(results['chance'])}.", *parts["votes"]]
     if results["finished"] < results["planned"]:
         parts["notes"].append(f"Unfinished: {results['finished']} of {results['planned']} cells.")
     return parts
@@ -1346,14 +1452,12 @@ def as_html(part):
     return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in part)}</ul>"
 
 
-def panel(title, marks, left, top, names=True, bars=False, level=None):
-    """One metric of some variants in SVG: each mean as a point or a bar, its interval as a line across it.
+def panel(title, marks, left, top, names):
+    """One metric in SVG: each variant's mean as a point, its interval as a line across it.
     marks: variant -> (mean, low, high), or None; left, top: corner of the plot, which has the title above it
-    and, if asked for, the names on its left; level: (value, name) of a line to compare with.
+    and, if asked for, the names on its left.
     """
-    level_at, level_name = level or (0.0, "")
-    shown = (v for triple in marks.values() for v in triple or () if math.isfinite(v))
-    ends = sorted([0.0, level_at, *shown])
+    ends = sorted([0.0, *(v for triple in marks.values() for v in triple or () if is_known(v))])
     unit, bottom = 180 / max(ends[-1] - ends[0], 1e-9), top + 19 * len(marks)
     x = {v: round(left + 12 + unit * (v - ends[0]), 1) for v in ends}
     out = [f'<text class="title" x="{left}" y="{top - 6}">{html.escape(title)}</text>',
@@ -1364,46 +1468,28 @@ def panel(title, marks, left, top, names=True, bars=False, level=None):
         if not triple:
             continue
         mean, low, high = triple
-        kind = "full" if name == "full" else "ablation" if name in ABLATIONS else ""
-        mark = f'<circle cx="{x[mean]}" cy="{y}" r="3.5"/>'
-        if bars:
-            start, end = sorted((x[0.0], x[mean]))
-            mark = f'<rect x="{start}" y="{y - 7}" width="{end - start:.1f}" height="14"/>'
-            out.append(f'<text x="{left + 200}" y="{y + 4}">{number(mean)}</text>')
-        line = f'<path d="M{x[low]} {y}H{x[high]}"/>' if math.isfinite(low) else ""
-        out.append(f'<g class="{"bar" if bars else "mark"} {kind}">{mark}{line}</g>')
-    # Numbers under the axis: the level; or zero, and for points the outermost ends where they have room.
-    ticks = {v: number(v, "+.2f") for v in (ends[0], ends[-1]) if not bars and abs(x[v] - x[0.0]) > 34}
-    ticks[0.0] = "0"
-    if level:
-        ticks = {level_at: f"{level_name} {number(level_at)}"}
-        out.append(f'<path d="M{x[level_at]} {top}V{bottom}" stroke-dasharray="3 3"/>')
+        line = f'<path d="M{x[low]} {y}H{x[high]}"/>' if is_known(low) else ""
+        out.append(f'<g class="mark {"ablation" if name in ABLATIONS else ""}">'
+                   f'<circle cx="{x[mean]}" cy="{y}" r="3.5"/>{line}</g>')
+    # Numbers under the axis: zero, and the outermost ends where they have room.
+    ticks = {0.0: "0", **{v: number(v, "+.2f") for v in (ends[0], ends[-1]) if abs(x[v] - x[0.0]) > 34}}
     return "".join([*out, *(f'<text x="{x[v]}" y="{bottom + 14}" text-anchor="middle">{text}</text>'
                             for v, text in ticks.items())])
 
 
-def pictures(results):
-    """In SVG: the forest plot, every metric's difference from full, a panel each; and the metrics as bars."""
-    def svg(label, width, height, *panels):
-        """A picture of `panel`s."""
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-                f'aria-label="{html.escape(label)}">{"".join(panels)}</svg>')
-
-    rows, left = results["rows"], 132                                                # names are on the left
+def forest_plot(results):
+    """Every metric's difference from full, a panel each -> SVG."""
     # Variants from plain noise answer another question, and lie so far off that all others would be squeezed.
     comparisons = [c for c in results["comparisons"] if VARIANTS[c["name"]].prior]
-    floor, chance_level = rows[0]["frechet_floor"], results["chance"] and (results["chance"][0], "chance")
-    levels = {"motion_fidelity": chance_level, "frechet": None if floor is None else (floor, "real")}
-    titles = {**METRICS, "frechet": f"Fréchet distance ({results['judges']['frechet']}) ↓"}
-    points, bars, width, height = [], [], 236, 19 * len(comparisons) + 58
-    for n, m in enumerate([*rows[0]["metrics"], "frechet"]):
-        tests = {c["name"]: c["metrics"].get(m) or c["frechet"] for c in comparisons}
-        marks = {name: [t["mean"], t["low"], t["high"]] if m != "frechet" else t for name, t in tests.items()}
-        points.append(panel(titles[m], marks, left + n % 3 * width, n // 3 * height + 22, names=n % 3 == 0))
-        marks = {r["name"]: r["metrics"].get(m, r["frechet"]) for r in rows}
-        bars.append(svg(titles[m], 380, 19 * len(rows) + 42,
-                        panel(titles[m], marks, left, 22, bars=True, level=levels.get(m))))
-    return svg("Differences from full", left + 3 * width, height * -(-len(points) // 3), *points), bars
+    panels, left, width, height = [], 132, 236, 19 * len(comparisons) + 58            # names are on the left
+    for n, m in enumerate([*results["rows"][0]["metrics"], "frechet"]):
+        title = METRICS.get(m, f"Fréchet distance ({results['judges']['frechet']}) ↓")
+        marks = {c["name"]: c["frechet"] if m == "frechet" else [c["metrics"][m][key] for key in ("mean", "low", "high")]
+                 for c in comparisons}
+        panels.append(panel(title, marks, left + n % 3 * width, n // 3 * height + 22, names=n % 3 == 0))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 3 * width} '
+            f'{height * math.ceil(len(panels) / 3)}" role="img" aria-label="Differences from full">'
+            f'{"".join(panels)}</svg>')
 
 
 def data_uri(picture, kind="PNG", **options):
@@ -1425,59 +1511,58 @@ def film_strip(frames, most=320, lossless=128):
     return {"frames": count, "src": data_uri(strip, "WEBP", quality=82, lossless=side <= lossless)}
 
 
+def moving_clip(frames, label):
+    """A clip as a figure that the style sheet moves: all clips of the page keep step."""
+    count, height, width, _ = frames.shape
+    return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
+            f'style="--frames: {count}; aspect-ratio: {width} / {height}; '
+            f'background-image: url({film_strip(frames, most=192, lossless=0)["src"]})"></div>'
+            f"<figcaption>{label}</figcaption></figure>")
+
+
 def clip_rows(lab, most=12):
     """For the first clips and each prompt the reference and the first seed of every variant, as HTML."""
-    def moving(frames, label):
-        """A clip as a figure that the style sheet moves: all clips of the page keep step."""
-        count, height, width, _ = frames.shape
-        return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
-                f'style="--frames: {count}; aspect-ratio: {width} / {height}; '
-                f'background-image: url({film_strip(frames, most=192, lossless=0)["src"]})"></div>'
-                f"<figcaption>{label}</figcaption></figure>")
-
-    parts, s = [], lab.settings
-    for clip, place in itertools.product(lab.clips[:most], (*range(s.prompt_count), -1)):
-        cells = {c.variant.name: c for c in lab.cells if c.key == (clip.name, place, 0) and not c.train_seed}
-        shown = [moving(found["frames"], name) for name in s.variants
-                 if name in cells and (found := once(lab.sample_path(cells[name])))]
-        text = f"its own caption: {clip.caption}" if place < 0 else f"prompt: {clip.prompts[place]}"
-        parts += [f"<h3>{html.escape(clip.name)}</h3>"] if place == 0 else []
+    parts, cells = [], [cell for cell in lab.cells if cell.seed == 0 and cell.train_seed == 0]
+    for clip, prompt_index in itertools.product(lab.clips[:most], (*range(lab.settings.prompt_count), -1)):
+        shown = {cell.variant.name: once(lab.paths.sample(cell)) for cell in cells
+                 if cell.clip is clip and cell.prompt_index == prompt_index}
+        figures = [moving_clip(shown[name]["frames"], name) for name in lab.settings.variants if shown.get(name)]
+        text = f"its own caption: {clip.caption}" if prompt_index < 0 else f"prompt: {clip.prompts[prompt_index]}"
+        parts += [f"<h3>{html.escape(clip.name)}</h3>"] if prompt_index == 0 else []
         parts += [f'<p class="soft">{html.escape(text)}</p><div class="clips">'
-                  f'{moving(clip.frames, "reference")}{"".join(shown)}</div>'] if shown else []
+                  f'{moving_clip(clip.frames, "reference")}{"".join(figures)}</div>'] if figures else []
     return "".join(parts)
+
+
+def figure_path(lab):
+    """Where `look_inside` keeps what it saw."""
+    return lab.paths.out / "figures" / f"{lab.paths.motion(lab.clips[0], 'full', 0).stem}.npz"
 
 
 @torch.no_grad()
 def look_inside(lab):
-    """The first injected layer with the first clip's embeddings -> arrays, kept in a file; None before that.
+    """The first injected layer with the first clip's embeddings -> a dict of arrays.
     without_mqk, with_mqk   attention maps (F,F), query frame by key frame, mean over heads and positions
     mv_raw, mv_debiased     norm of MV over channels (F,H,W)
     """
-    clip, models = lab.clips[0], None if lab.settings.report else lab.models        # a report loads no UNet
-    trained = lab.motion_path(clip, "full", 0)
-    motion = models and once(trained, read=read_kept_motion)
-
-    def make():
-        """Attention maps and norms of MV, from one pass of the UNet without MQK and one with it."""
-        latents, seen, arrays = lab.invert(clip)[0], [], {}
-        block = min(motion.to(lab.device).grids)                     # a file has them in no certain order
-        grid, t = motion.grids[block], math.ceil(max(0.5, motion.t_min) * models.scheduler.T)
-        attention = models.unet.get_submodule(block).attn1
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-        noisy = models.scheduler.add_noise(latents, noise, t)
-        for motion.use_mqk, name in ((False, "without_mqk"), (True, "with_mqk")):
-            with attention.register_forward_pre_hook(lambda _, reads: seen.append(reads[0])):
-                mini_mi.predict(models, noisy, t, mini_mi.encode_prompt(models, [clip.caption]), motion)
-            q, k = (part(seen[-1]).float().flatten(0, -3).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-                    for part in (attention.to_q, attention.to_k))                # (H*W, heads, F, d_k)
-            arrays[name] = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1)).cpu().numpy()
-        for name in ("mv_raw", "mv_debiased"):
-            motion.train(name == "mv_raw")                           # in training MV is added as it is
-            _, m_v = motion.for_attention(block, "attn1", latents.shape[2], grid)    # (H*W, F, C)
-            arrays[name] = m_v.norm(dim=-1).T.unflatten(1, grid).cpu().numpy()
-        return {"about": {"block": block, "clip": clip.name}, **arrays}
-
-    return once(lab.out / "figures" / f"{trained.stem}.npz", make if motion else None)
+    clip, models, seen, arrays = lab.clips[0], lab.pipeline.models, [], {}
+    motion, latents = lab.pipeline.train(clip, "full", 0, progress=len), lab.pipeline.invert(clip)[0]
+    block = min(motion.grids)                                        # a file has them in no certain order
+    grid, t = motion.grids[block], math.ceil(max(0.5, motion.t_min) * models.scheduler.T)
+    attention = models.unet.get_submodule(block).attn1
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+    noisy = models.scheduler.add_noise(latents, noise, t)
+    for motion.use_mqk, name in ((False, "without_mqk"), (True, "with_mqk")):
+        with attention.register_forward_pre_hook(lambda _, reads: seen.append(reads[0])):
+            mini_mi.predict(models, noisy, t, mini_mi.encode_prompt(models, [clip.caption]), motion)
+        q, k = (part(seen[-1]).float().flatten(0, -3).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+                for part in (attention.to_q, attention.to_k))                    # (H*W, heads, F, d_k)
+        arrays[name] = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1)).cpu().numpy()
+    for name in ("mv_raw", "mv_debiased"):
+        motion.train(name == "mv_raw")                               # in training MV is added as it is
+        _, m_v = motion.for_attention(block, "attn1", latents.shape[2], grid)        # (H*W, F, C)
+        arrays[name] = m_v.norm(dim=-1).T.unflatten(1, grid).cpu().numpy()
+    return {"about": {"block": block, "clip": clip.name}, **arrays}
 
 
 def figures(arrays):
@@ -1500,29 +1585,38 @@ def figures(arrays):
                    for title, shown, *scale in rows)
 
 
-def write_report(lab, run):
-    """Writes the four files of the report from the finished cells; prints the table and the sentences."""
-    results, page = {"run": run, **collect(lab)}, mini_mi.HERE / "data" / "report.html"
-    parts, (forest, bars), inside = document(results), pictures(results), look_inside(lab)
+def write_report(out, results, lab=None):
+    """Writes the four files of the report; prints the table and the sentences. Without a lab the page keeps
+    the clips and figures that it has: votes are counted where there may be no cells.
+    """
+    parts, forest, run = document(results), forest_plot(results), results["run"]
     # JSON has no infinity: what is not finite becomes null.
     known = json.loads(json.dumps(results), parse_constant=lambda name: None)
-    write_text(lab.out / "results.json", json.dumps(known, indent=1))
-    page, cells = page.read_text(encoding="utf-8"), f"{results['finished']} of {results['planned']} cells"
+    write_text(out / "results.json", json.dumps(known, indent=1))
+    page = (mini_mi.HERE / "data" / "report.html").read_text(encoding="utf-8")
     style = re.search("<style>.*?</style>", page, re.DOTALL)[0]
-    write_text(lab.out / "results.svg", forest.replace(">", f">{style}", 1))
-    order = "main", "others", "differences", "spread", "details", "notes"
-    write_text(lab.out / "results.md", "\n\n".join([
+    write_text(out / "results.svg", forest.replace(">", f">{style}", 1))
+    order = "main", "others", "differences", "details", "notes"
+    write_text(out / "results.md", "\n\n".join([
         as_markdown(parts["answers"]), "![Differences from the full method, 95 % intervals](results.svg)",
         *(as_markdown(parts[name]) for name in order),
         f"`{run['command']}`, {run['date']}, {run['machine']}, {run['minutes']:.1f} minutes "
         f"for {run['computed']} of {results['planned']} cells"]) + "\n")
-    write_text(lab.out / "report.html", string.Template(page).substitute(
+    inside, with_pixels = lab and once(figure_path(lab)), re.compile("<!-- pixels -->.*<!-- /pixels -->", re.DOTALL)
+    page = string.Template(page).substitute(
         {name: as_html(parts[name]) for name in ("answers", "expected", *order)}, forest=forest,
-        bars="".join(bars), clips=clip_rows(lab), figures=figures(inside) if inside else "",
-        run=html.escape(" · ".join([run["command"], run["date"], run["machine"], cells]))))
+        clips=clip_rows(lab) if lab else "", figures=figures(inside) if inside else "",
+        run=html.escape(" · ".join([run["command"], run["date"], run["machine"],
+                                    f"{results['finished']} of {results['planned']} cells"])))
+    if lab is None:
+        old = (out / "report.html").read_text(encoding="utf-8") if (out / "report.html").exists() else ""
+        kept = with_pixels.search(old)
+        page = with_pixels.sub(lambda _: kept[0] if kept else "", page)
+    write_text(out / "report.html", page)
     table = [parts["main"][0], *(line.values() for line in parts["main"])]
-    print("\n" + "\n".join("".join(f"{text:27}" for text in list(line)[:5]).rstrip() for line in table))
-    print("\n" + "\n".join(results["sentences"]) + f"\n\n{lab.out / 'report.html'}")
+    print("\n" + "\n".join("".join(f"{text:27}" for text in list(line)[:6]).rstrip() for line in table))
+    print("\n" + "\n".join([*parts["answers"], *parts["others"], *parts["votes"]]))
+    print(f"\n{out / 'report.html'}")
 
 
 # =============================================== COMMAND LINE ===============================================
@@ -1538,14 +1632,15 @@ AFTERWARDS = "out", "report", "ballot", "ballot_variants", "votes"        # sett
 class Settings(mini_mi.SharedConfig):
     """Everything that a user can set; the command line is made from it."""
     model: str = option("tiny", "the embedded model (tiny), zeroscope, a hub repository or a model folder")
-    clip: str = option(None, "CLIP folder or repository (default: MODEL/clip, else OpenAI's ViT-B/32)")
+    clip_model: str = option(None, "CLIP folder or repository that judges (default: MODEL/clip, else OpenAI's "
+                                   "ViT-B/32)")
     clips: str = option(None, "folder with clips.json: NAME -> caption, motion, prompts (default: rendered "
                               "for the embedded model, else data/clips, of 16 frames)")
     split: str = option("test", "which clips of the embedded world", choices=("test", "validation"))
     out: str = option("out/eval", "folder for the cells and the report; a second run goes on there")
     variants: str = option(",".join(DEFAULT_VARIANTS),
                            f"what to compare, most with full: {', '.join(VARIANTS)}")
-    clip_count: int = option(12, "clips; the embedded world has any number", within=COUNT)
+    clip_count: int = option(11, "clips; the embedded world has any number", within=COUNT)
     prompt_count: int = option(2, "target prompts per clip", within=COUNT)
     seed_count: int = option(2, "sampling seeds per prompt", within=COUNT)
     training_seeds: int = option(1, "trainings of each kind per clip; 2 tell the spread", within=COUNT)
@@ -1556,10 +1651,11 @@ class Settings(mini_mi.SharedConfig):
     dtype: str = option(None, "of the UNet (default: float16 for large models on CUDA, else float32)",
                         choices=("float32", "bfloat16", "float16"))
     quick: bool = option(False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
-    report: bool = option(False, "only rebuild the report, from the cells that are finished")
+    report: bool = option(False, "only the report again: of finished cells, or else of results.json")
     ballot: bool = option(False, "only write ballot.html, on which people vote, from finished cells")
-    ballot_variants: str = option("full,no-mqk,no-mv,base", "what people choose from")
-    votes: list = option(None, "count these files, and folders of files, that voters saved, in a new report")
+    ballot_variants: str = option(",".join(BALLOT_VARIANTS), "what people choose from")
+    votes: list = option(None, "only count these files, and folders of files, that voters saved, with "
+                               "ballot.json and results.json")
     fps: int = None                 # of the ballot; no option
     small: bool = False             # a model of the embedded world: data/make_tiny.py's UNets are narrow
 
@@ -1574,28 +1670,46 @@ def parse(argv=None):
     mini_mi.check_ranges(s)
     s.device = mini_mi.pick_device(s.device)
     if s.device == "cuda":                         # under torchrun every process of a machine takes its own
-        s.device = mini_mi.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        # Where each task sees one card, as SLURM can have it, that is the one.
+        card = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.device_count() > 1 else 0
+        s.device = mini_mi.pick_device(f"cuda:{card}")
     s.dtype = s.dtype or ("float16" if s.device.startswith("cuda") and not s.small else "float32")
-    for name, first in (("variants", ["full"]), ("ballot_variants", [])):
-        names = list(dict.fromkeys(first + getattr(s, name).replace(",", " ").split()))
-        if unknown := [n for n in names if n not in VARIANTS]:
-            raise UserError(f"--{name.replace('_', '-')}: {unknown[0]} is none of {', '.join(VARIANTS)}")
-        if first:                                                # and what some of them are held against
-            names = list(dict.fromkeys(names + [VARIANTS[n].against for n in names]))
-        setattr(s, name, names)
-    if any(VARIANTS[n].own_prompt for n in s.ballot_variants) or len(s.ballot_variants) < 2:
-        raise UserError("--ballot-variants takes two or more variants that show the target prompts")
-    if s.ballot and s.votes:
-        raise UserError("--ballot writes a page and --votes counts what came back: one after the other")
-    s.report |= s.ballot or bool(s.votes)                              # both need no more than finished cells
+    for option_name in ("variants", "ballot_variants"):
+        names = getattr(s, option_name).replace(",", " ").split()
+        if unknown := [name for name in names if name not in VARIANTS]:
+            raise UserError(f"--{option_name.replace('_', '-')}: {unknown[0]} is none of {', '.join(VARIANTS)}")
+        setattr(s, option_name, list(dict.fromkeys(names)))
+    # `full`, and what some of them are held against, come along.
+    s.variants = list(dict.fromkeys(["full", *s.variants, *(VARIANTS[name].against for name in s.variants)]))
+    if s.report + s.ballot + bool(s.votes) > 1:
+        raise UserError("--report, --ballot and --votes are three jobs: one after the other")
+    for path in s.votes or ():
+        if not Path(path).exists():
+            raise UserError(f"--votes {path}: there is no such file or folder")
     if s.quick:
         s.clip_count, s.prompt_count, s.seed_count = min(3, s.clip_count), 1, 1
     return s
 
 
 def run(s):
-    """Computes this rank's share of the grid; the first rank writes the report when all are done."""
-    began, lab = time.perf_counter(), None
+    """The report, the ballot, the votes; or this rank's share of the grid and the first rank's report of it."""
+    out, began = Path(s.out), time.perf_counter()
+    if s.votes or s.report and not (out / "cells").is_dir():
+        if not (out / "results.json").exists():
+            raise UserError(f"{out} has no finished cell of this grid, and no results.json: change --out")
+        results = mini_mi.read_json(out / "results.json")
+        if s.votes:
+            results["preference"] = count_votes(s.votes, out / "ballot.json")
+        with mini_mi.built_from(out / "results.json"):
+            results = analyse(results)
+        return write_report(out, results)
+    if s.report or s.ballot:
+        lab = Lab(s)
+        if s.ballot:
+            return make_ballot(lab)
+        measured = collect(lab)
+        return write_report(out, analyse({"run": signature(s, 0, 0.0), **measured}), lab)
+
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         # Nothing is sent but the word that a rank is done, after hours perhaps.
@@ -1603,40 +1717,40 @@ def run(s):
     wait = torch.distributed.barrier if ranks > 1 else lambda: None
     # Ranks that share a cache must not download into it at once: the first one goes ahead, then the first of
     # every machine, then the rest. The first one counts before any other can begin.
+    lab = None
     for my_turn in (rank == 0, os.environ.get("LOCAL_RANK") == "0", True):
         if my_turn and lab is None:
             lab = Lab(s)
-            missing = sum(not lab.is_finished(cell) for cell in lab.cells)
-            if not s.report:
-                # What cannot work shows now and not after hours: schedules too short, judges not there.
-                lab.models.scheduler.timesteps(s.sample_steps, s.t_min)
-                lab.models.scheduler.timesteps(s.invert_steps)
-                lab.measure(lab.clips[0].frames)
+            missing = sum(not lab.paths.is_finished(cell) for cell in lab.cells)
+            # What cannot work shows now and not after hours: schedules too short, judges not there.
+            lab.pipeline.models.scheduler.timesteps(s.sample_steps, s.t_min)
+            lab.pipeline.models.scheduler.timesteps(s.invert_steps)
+            lab.judges.measure(lab.clips[0].frames)
         wait()
-    if not s.report:
-        run_experiment(lab, ranks, rank)
-        wait()
-    if rank == 0 and s.ballot:
-        path, (questions, _, run_id) = lab.out / "ballot.html", ballot_questions(lab)
-        write_ballot(path, questions, run_id, s.fps)
-        print(f"{path}: {len(questions)} questions and two attention checks; give it to people as it is, and "
-              "count what they save with --votes")
-    elif rank == 0:
-        machine = (torch.cuda.get_device_name(lab.device) if lab.device.type == "cuda"
-                   else f"{os.cpu_count()} CPU cores ({platform.machine()})")
-        about = {"command": " ".join(["python eval_mi.py", *map(shlex.quote, sys.argv[1:])]),
-                 "date": time.strftime("%Y-%m-%d"), "machine": machine, "ranks": ranks,
-                 "computed": 0 if s.report else missing, "minutes": (time.perf_counter() - began) / 60,
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                              "numpy": np.__version__, "scipy": scipy.__version__}}
-        if s.report and (lab.out / "results.json").exists():           # rebuilt: of that run, if of its grid
-            older = mini_mi.read_json(lab.out / "results.json")
-            grid = {key: value for key, value in dataclasses.asdict(s).items() if key not in AFTERWARDS}
-            if grid.items() <= older.get("settings", {}).items():
-                about = older.get("run", about)
-        write_report(lab, about)
+    run_experiment(lab, ranks, rank)
+    wait()
+    if rank == 0:
+        once(figure_path(lab), lambda: look_inside(lab))
+        made = signature(s, missing, (time.perf_counter() - began) / 60)
+        write_report(out, analyse({"run": made, **collect(lab)}), lab)
     if ranks > 1:
         torch.distributed.destroy_process_group()
+
+
+def signature(s, computed, minutes):
+    """What made the numbers: command, machine, versions. A report that is rebuilt keeps that of its run."""
+    if s.report and (Path(s.out) / "results.json").exists():
+        older = mini_mi.read_json(Path(s.out) / "results.json")
+        grid = {key: value for key, value in dataclasses.asdict(s).items() if key not in AFTERWARDS}
+        if grid.items() <= older.get("settings", {}).items():
+            return older.get("run")
+    machine = (torch.cuda.get_device_name(s.device) if s.device.startswith("cuda")
+               else f"{os.cpu_count()} CPU cores ({platform.machine()})")
+    return {"command": " ".join(["python eval_mi.py", *map(shlex.quote, sys.argv[1:])]),
+            "date": time.strftime("%Y-%m-%d"), "machine": machine, "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+            "computed": computed, "minutes": minutes,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__, "scipy": scipy.__version__}}
 
 
 def main(argv=None):

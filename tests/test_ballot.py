@@ -1,8 +1,8 @@
 """The voting page in a real browser, and its votes: from a participant's keys and fingers to shares."""
 import csv
-import hashlib
 import re
 import shutil
+import string
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import eval_mi
 import mini_mi
 from data import world
 
-RUN, FPS = "c0ffee42", 10
+RUN, FPS = "rc0ffee42", 10
 VARIANTS = ("full", "no-mqk", "no-mv", "base")
 SCRIPT = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 PROMPTS = ("a red star on a teal plain background", SCRIPT, "<b>bold</b> & \u2028 &amp; \"quoted\"",
@@ -19,8 +19,8 @@ PROMPTS = ("a red star on a teal plain background", SCRIPT, "<b>bold</b> & \u202
 
 
 def opaque(text):
-    """An id as the program makes them."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """An id as the program makes them: of a question or a candidate."""
+    return eval_mi.opaque("q" if text.startswith("question") else "c", text)
 
 
 def make_questions():
@@ -36,7 +36,13 @@ def make_questions():
 
 QUESTIONS = make_questions()
 VARIANT_OF = {key: v for i in range(4) for v in VARIANTS for key in [opaque(f"{i} {v}")]}
-RIGHT = {q.id: right for q, right in eval_mi.attention_checks(QUESTIONS, RUN)}
+CHECKS = eval_mi.attention_checks(QUESTIONS, RUN)
+RIGHT = {q.id: right for q, right in CHECKS}
+EVERYTHING = {q.id: q for q in [*QUESTIONS, *(q for q, _ in CHECKS)]}
+# As ballot.json keeps it.
+BALLOT = {"run": RUN, "variants": VARIANTS,
+          "questions": {q.id: {key: VARIANT_OF[key] for key in q.candidates} for q in QUESTIONS},
+          "checks": {q.id: {"right": right, "candidates": list(q.candidates)} for q, right in CHECKS}}
 # What the three participants choose, question by question of QUESTIONS.
 WISHES = {"keyboard": ["full"] * 4, "touch": ["full", "full", "no-mqk", "base"],
           "returning": ["no-mv", "full", "no-mqk", "full"]}
@@ -50,8 +56,7 @@ def wanted(wish):
 
 def rows_of(participant, choices, run=RUN, shown=None):
     """The rows that the page saves, in the order of `choices`: question id -> candidate id."""
-    everything = {q.id: q for q in [*QUESTIONS, *(q for q, _ in eval_mi.attention_checks(QUESTIONS, RUN))]}
-    return [[run, participant, str(n), question, shown or "|".join(everything[question].candidates), choice]
+    return [[run, participant, str(n), question, shown or "|".join(EVERYTHING[question].candidates), choice]
             for n, (question, choice) in enumerate(choices.items(), start=1)]
 
 
@@ -79,7 +84,7 @@ def test_votes_are_merged_each_question_once(tmp_path):
     shutil.copy(tmp_path / "more" / "votes-b (10).csv", tmp_path / "copy.csv")
     (tmp_path / "more" / "readme.txt").write_text("no votes")
     paths = [tmp_path / "votes-a.csv", tmp_path / "more", tmp_path / "copy.csv"]
-    votes, notes = eval_mi.read_votes(paths, RUN, QUESTIONS)
+    votes, notes = eval_mi.read_votes(paths, BALLOT)
     assert {(v.participant, v.question): v.choice for v in votes} == {
         (p, q): c for p, wish in (("a", "touch"), ("b", "keyboard")) for q, c in answers(WISHES[wish]).items()
         if q not in RIGHT}
@@ -90,7 +95,7 @@ def test_votes_are_merged_each_question_once(tmp_path):
 def test_spreadsheets_change_a_file_and_it_still_counts(tmp_path):
     path = save(tmp_path / "votes.csv", rows_of("a", answers(WISHES["touch"])), delimiter=";")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(eval_mi.read_votes([path], RUN, QUESTIONS)[0]) == 4
+    assert len(eval_mi.read_votes([path], BALLOT)[0]) == 4
 
 
 @pytest.mark.parametrize("careless", ["wrong", "missing"])
@@ -98,13 +103,12 @@ def test_who_fails_a_check_is_left_out_and_counted(tmp_path, careless):
     check = next(iter(RIGHT))
     chosen = answers(WISHES["touch"])
     if careless == "wrong":
-        question = next(q for q, _ in eval_mi.attention_checks(QUESTIONS, RUN) if q.id == check)
-        chosen[check] = next(c for c in question.candidates if c != RIGHT[check])
+        chosen[check] = next(c for c in EVERYTHING[check].candidates if c != RIGHT[check])
     else:
         del chosen[check]
     save(tmp_path / "a.csv", rows_of("a", chosen))
     save(tmp_path / "b.csv", rows_of("b", answers(WISHES["keyboard"])))
-    votes, notes = eval_mi.read_votes([tmp_path], RUN, QUESTIONS)
+    votes, notes = eval_mi.read_votes([tmp_path], BALLOT)
     assert {v.participant for v in votes} == {"b"} and len(votes) == 4
     assert len(notes) == 1 and notes[0].startswith("1 of 2 participants left out")
 
@@ -113,13 +117,15 @@ GOOD = rows_of("a", answers(WISHES["keyboard"]))
 
 
 @pytest.mark.parametrize("content, said", [
-    (dict(rows=rows_of("a", answers(WISHES["touch"]), run="0ther")), "another run"),
+    (dict(rows=rows_of("a", answers(WISHES["touch"]), run="r0ther")), "line 2, run: "),
     (dict(rows=GOOD, fields=["participant", "scene", "options", "choice", "check", "x"]), "columns"),
     (dict(rows=[*GOOD, GOOD[0][:5]]), "columns"), (dict(rows=[*GOOD, [*GOOD[0], "more"]]), "columns"),
-    (dict(rows=[]), "no vote"), (dict(rows=[[*GOOD[0][:5], "unknown"]]), "did not show"),
-    (dict(rows=[[*GOOD[0][:3], "unknown", *GOOD[0][4:]]]), "did not show"),
-    (dict(rows=[[*GOOD[0][:4], "a|b", GOOD[0][5]]]), "did not show"),
-    (dict(rows=[[RUN, "", *GOOD[0][2:]]]), "did not show"),
+    (dict(rows=[]), "no vote"),
+    # What a spreadsheet, or a hand, has changed is named by its line and column, and quoted.
+    (dict(rows=[*GOOD[:2], [*GOOD[2][:5], "1.2E+11"]]), "line 4, choice: "),
+    (dict(rows=[*GOOD[:1], [*GOOD[1][:3], "728957227716", *GOOD[1][4:]]]), "write '728957227716'"),
+    (dict(rows=[[*GOOD[0][:4], "a|b", GOOD[0][5]]]), "line 2, shown: "),
+    (dict(rows=[[RUN, "", *GOOD[0][2:]]]), "line 2, participant: "),
     (b"\xff\xfe\x00", "utf-8"), (b"", "no vote"), (b"\x00\x01\x02,\r\r\n\x00", ""),
     (b'"' + b"x" * 200_000, "field larger than")])
 def test_a_file_that_is_not_of_this_run_is_named_in_one_line(tmp_path, content, said):
@@ -129,15 +135,15 @@ def test_a_file_that_is_not_of_this_run_is_named_in_one_line(tmp_path, content, 
     else:
         save(bad, **content)
     good = save(tmp_path / "good.csv", GOOD)
-    votes, notes = eval_mi.read_votes([bad, good], RUN, QUESTIONS)
+    votes, notes = eval_mi.read_votes([bad, good], BALLOT)
     assert len(votes) == 4 and len(notes) == 1 and said in notes[0]
     assert notes[0].startswith(f"{bad} left out: ") and "\n" not in notes[0]
 
 
 def test_a_file_that_is_not_there_is_an_error_and_an_empty_folder_is_told(tmp_path):
     with pytest.raises(mini_mi.UserError, match="nowhere"):
-        eval_mi.read_votes([tmp_path / "nowhere"], RUN, QUESTIONS)
-    assert eval_mi.read_votes([tmp_path], RUN, QUESTIONS) == ([], [f"{tmp_path}: no .csv file in it"])
+        eval_mi.parse(["--votes", str(tmp_path / "nowhere")])
+    assert eval_mi.read_votes([tmp_path], BALLOT) == ([], [f"{tmp_path}: no .csv file in it"])
     assert eval_mi.preference([], VARIANT_OF) == eval_mi.preference_tests([], VARIANT_OF) == {}
 
 
@@ -181,20 +187,19 @@ def test_preference_of_those_who_agree_and_of_one():
 # ------------------------------------------------------------------------------------------- what is written
 
 def test_attention_checks_are_found_again_and_look_like_other_questions():
-    checks = eval_mi.attention_checks(QUESTIONS, RUN)
     again = eval_mi.attention_checks(make_questions(), RUN)
-    assert [(q.id, right) for q, right in checks] == [(q.id, right) for q, right in again]
-    assert len(RIGHT) == 2 and {q.caption for q in QUESTIONS} == {q.prompt for q, _ in checks}
-    for q, right in checks:
-        assert len(q.id) == len(QUESTIONS[0].id) and {len(key) for key in q.candidates} == {16}
+    assert [(q.id, right) for q, right in CHECKS] == [(q.id, right) for q, right in again]
+    assert len(RIGHT) == 2 and {q.caption for q in QUESTIONS} == {q.prompt for q, _ in CHECKS}
+    for q, right in CHECKS:
+        assert len(q.id) == len(QUESTIONS[0].id) and {len(key) for key in q.candidates} == {13}
         assert len(q.candidates) == 4 and np.array_equal(q.candidates[right], q.reference)
         still = [frames for key, frames in q.candidates.items() if key != right]
         assert all((frames == frames[:1]).all() for frames in still)
-    assert {q.id for q, _ in checks}.isdisjoint(q.id for q, _ in eval_mi.attention_checks(QUESTIONS, "0ther"))
+    assert set(RIGHT).isdisjoint(q.id for q, _ in eval_mi.attention_checks(QUESTIONS, "0ther"))
     # One clip alone gives both; a clip that never moves gives none, since nobody could pass it.
     assert len({q.id for q, _ in eval_mi.attention_checks(QUESTIONS[:1], RUN)}) == 2
     still = np.zeros((8, 32, 32, 3), np.uint8)
-    frozen = eval_mi.Question("ab", "x", still, {"cd": still, "ef": still})
+    frozen = eval_mi.Question("ab", "x", still, {"cd": still, "ef": still}, "x")
     assert eval_mi.attention_checks([frozen], RUN) == []
 
 
@@ -204,18 +209,11 @@ def test_a_film_strip_holds_every_frame_and_long_clips_fit():
     assert eval_mi.film_strip(np.zeros((200, 8, 128, 3), np.uint8))["frames"] == 200
 
 
-def test_a_ballot_without_a_choice_is_refused(tmp_path):
-    for questions in ([], [QUESTIONS[0], eval_mi.Question("ab", "x", QUESTIONS[0].reference, {})]):
-        with pytest.raises(mini_mi.UserError, match="two variants"):
-            eval_mi.write_ballot(tmp_path / "ballot.html", questions, RUN, FPS)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture(scope="session")
 def ballot(tmp_path_factory):
     """The page of QUESTIONS."""
     path = tmp_path_factory.mktemp("ballot") / "ballot.html"
-    eval_mi.write_ballot(path, QUESTIONS, RUN, FPS)
+    eval_mi.write_ballot(path, list(EVERYTHING.values()), RUN, FPS)
     return path
 
 
@@ -395,7 +393,7 @@ def saved(browser, chromium, ballot, tmp_path_factory):
 
 
 def test_the_three_files_fill_the_column(saved):
-    votes, notes = eval_mi.read_votes(saved.values(), RUN, QUESTIONS)
+    votes, notes = eval_mi.read_votes(saved.values(), BALLOT)
     assert notes == [] and len(votes) == 12
     found = eval_mi.preference(votes, VARIANT_OF)
     assert {name: row["share"] for name, row in found.items()} == pytest.approx(
@@ -484,8 +482,55 @@ def test_a_browser_that_keeps_nothing_still_votes(visit, tmp_path, blocked):
     assert page.is_visible("#forgetful")
     for _ in range(7):
         by_key(page, wanted(WISHES["touch"]))
-    votes, notes = eval_mi.read_votes([download(page, tmp_path)], RUN, QUESTIONS)
+    votes, notes = eval_mi.read_votes([download(page, tmp_path)], BALLOT)
     assert len(votes) == 4 and notes == [] and page.trouble == []
+
+
+def test_two_tabs_do_not_lose_each_others_answers(visit, ballot):
+    """The tab that another one has overtaken says so, writes nothing, and goes on where that one was."""
+    first = visit()
+    by_key(first, wanted(WISHES["touch"]))
+    second = opened(first.context.new_page(), ballot)
+    assert second.inner_text("#progress") == "1 of 6"
+    for _ in range(2):
+        by_key(second, wanted(WISHES["touch"]))
+    newest = second.evaluate("localStorage.getItem(memory)")
+    for tries in range(2):
+        first.keyboard.press(str(1 + tries))
+        assert first.is_visible("#elsewhere") and not first.is_visible("#vote") and not first.is_visible("#end")
+        first.keyboard.press("Enter")
+    assert second.evaluate("localStorage.getItem(memory)") == newest
+    by_key(second, wanted(WISHES["touch"]))
+    assert second.inner_text("#progress") == "4 of 6" and not second.is_visible("#elsewhere")
+    first.reload()
+    until(first, "clips.length > 0")
+    assert first.inner_text("#progress") == "4 of 6" and first.trouble == second.trouble == []
+
+
+def test_without_scripts_the_page_says_what_it_needs(browser, ballot):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(ballot.as_uri())
+    assert page.is_visible("text=needs a browser that runs scripts")
+    assert not page.is_visible("#vote") and not page.is_visible("#end") and not page.is_visible("#elsewhere")
+    context.close()
+
+
+def test_a_printed_report_shows_a_frame_of_every_clip(browser, tmp_path):
+    """Browsers leave background pictures out of what is printed, unless a page asks for them."""
+    page = (mini_mi.HERE / "data" / "report.html").read_text(encoding="utf-8")
+    rng, clips = np.random.default_rng(0), []
+    for label in ("reference", "full", "no-mqk"):
+        frames = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+        clips.append(eval_mi.moving_clip(frames, label))
+    words = dict.fromkeys(re.findall(r"[$][{](\w+)[}]", page), "")
+    (tmp_path / "report.html").write_text(string.Template(page).substitute(words, clips="".join(clips)), encoding="utf-8")
+    context = browser.new_context()
+    shown = context.new_page()
+    shown.goto((tmp_path / "report.html").as_uri())
+    printed = shown.pdf(print_background=False)
+    context.close()
+    assert printed.count(b"/Subtype /Image") >= len(clips)
 
 
 @pytest.mark.parametrize("kept", ["{", "[]", "3", '{"order": ["example"]}', '{"order": 7}'])

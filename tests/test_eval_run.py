@@ -76,7 +76,7 @@ def files(out, *folders):
 
 
 def frames_of(lab, cell):
-    return eval_mi.read_arrays(lab.sample_path(cell))["frames"]
+    return eval_mi.read_arrays(lab.paths.sample(cell))["frames"]
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def copy(finished, tmp_path):
 def test_a_run_counts_every_cell_once(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["finished"] == results["planned"] == results["run"]["computed"] == CELLS
-    keys = [(c["variant"], c["clip"], c["place"], c["seed"], c["train_seed"]) for c in results["cells"]]
+    keys = [(c["variant"], c["clip"], c["prompt_index"], c["seed"], c["train_seed"]) for c in results["cells"]]
     assert len(set(keys)) == CELLS
     rows = {r["name"]: r for r in results["rows"]}
     assert list(rows) == list(eval_mi.DEFAULT_VARIANTS)
@@ -128,7 +128,7 @@ def test_the_judges_of_public_models(model, tmp_path, monkeypatch):
         mini_mi.write_video(tmp_path / f"{entry['name']}.webp", frames, 10)
     (tmp_path / "clips.json").write_text(json.dumps(listing))
     out = tmp_path / "out"
-    assert eval_mi.main(arguments(model, out, "--clips", str(tmp_path), "--clip", str(judge), "--clip-count",
+    assert eval_mi.main(arguments(model, out, "--clips", str(tmp_path), "--clip-model", str(judge), "--clip-count",
                                   "2", "--seed-count", "1", "--variants", "full,base")) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["judges"]["frechet"] == "Inception" and results["judges"]["clip"] == str(judge)
@@ -158,20 +158,20 @@ def test_a_variant_equals_mini_mi_by_hand(finished, model):
     """The embeddings of a cell are what train_motion gives, and its frames what sample gives."""
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, finished)))
     clip, variant = lab.clips[2], eval_mi.VARIANTS["no-mv"]
-    latents = mini_mi.encode_video(lab.models, mini_mi.to_model_range(clip.frames))
-    text = mini_mi.encode_prompt(lab.models, [clip.caption])
-    motion = mini_mi.train_motion(lab.models, latents, text, steps=2, lr=0.5, lr_schedule="cosine", t_min=0.4,
+    latents = mini_mi.encode_video(lab.pipeline.models, mini_mi.to_model_range(clip.frames))
+    text = mini_mi.encode_prompt(lab.pipeline.models, [clip.caption])
+    motion = mini_mi.train_motion(lab.pipeline.models, latents, text, steps=2, lr=0.5, lr_schedule="cosine", t_min=0.4,
                                   progress=False, use_mv=False)
-    kept = mini_mi.MotionEmbeddings.load(lab.motion_path(clip, "no-mv", 0)).state_dict()
+    kept = mini_mi.MotionEmbeddings.load(lab.paths.motion(clip, "no-mv", 0)).state_dict()
     assert set(kept) == set(motion.state_dict()) and all(key.endswith("pos_embed") for key in kept)
     assert all(np.allclose(kept[k], v, atol=1e-5) for k, v in motion.state_dict().items())
     cell = next(c for c in lab.cells if c.variant is variant and c.clip is clip and c.seed == 1)
     seed = int(eval_mi.digest(clip.name, 0, 1), 16)
     fresh = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    noise = mini_mi.blend_noise(lab.invert(clip)[1], fresh, 0.5)
-    prompt, empty = (mini_mi.encode_prompt(lab.models, [words]) for words in (cell.prompt, ""))
-    again = mini_mi.sample(lab.models, noise, prompt, empty, 2, 2.0, motion, progress=False)
-    frames = mini_mi.to_uint8(mini_mi.decode_video(lab.models, again)[0])
+    noise = mini_mi.blend_noise(lab.pipeline.invert(clip)[1], fresh, 0.5)
+    prompt, empty = (mini_mi.encode_prompt(lab.pipeline.models, [words]) for words in (cell.prompt, ""))
+    again = mini_mi.sample(lab.pipeline.models, noise, prompt, empty, 2, 2.0, motion, progress=False)
+    frames = mini_mi.to_uint8(mini_mi.decode_video(lab.pipeline.models, again)[0])
     assert np.abs(frames_of(lab, cell).astype(int) - frames).max() <= 1
 
 
@@ -180,7 +180,6 @@ def test_names_of_files_say_what_they_hold(finished):
     assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz", "noise/spiral.npz",
             "scores/spiral/vae-own-s0.npz", "references/spiral.npz",
             "figures/figure_eight-full-r0.npz"} <= names
-    assert not any(name.endswith(".training") for name in names)   # states of interrupted trainings are gone
 
 
 def test_the_report_is_rebuilt_from_cells_alone(copy, finished, model, monkeypatch, capsys):
@@ -225,7 +224,7 @@ def test_a_variant_brings_what_it_is_held_against():
 
 
 def test_a_ballot_is_not_written_and_counted_at_once(tmp_path):
-    with pytest.raises(mini_mi.UserError, match="--ballot .* --votes"):
+    with pytest.raises(mini_mi.UserError, match="one after the other"):
         eval_mi.parse(["--ballot", "--votes", str(tmp_path)])
 
 
@@ -236,7 +235,7 @@ def test_a_report_while_variants_have_no_sample_in_common(copy, model):
     for cell in lab.cells:
         if cell.variant.name == "full" and cell.clip.name != first or (
                 cell.variant.name == "no-mqk" and cell.clip.name == first):
-            lab.score_path(cell).unlink()
+            lab.paths.score(cell).unlink()
     assert eval_mi.main(arguments(model, copy, "--report")) == 0
     names = [c["name"] for c in json.loads((copy / "results.json").read_text())["comparisons"]]
     assert "no-mqk" not in names and "no-mv" in names
@@ -282,7 +281,7 @@ def test_report_html_is_one_self_contained_page(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
     assert page.count('<div class="clip reference"') == 2 * 3
-    assert page.count("<svg") == 7                               # the forest plot, five metrics, the distance
+    assert page.count("<svg") == 1                               # the forest plot
     assert page.count('class="pixels"') == 2 + 2 * 4             # attention maps; MV per frame, twice
     for name in eval_mi.DEFAULT_VARIANTS:
         assert f'aria-label="{name}"' in page and f">{name}<" in page
@@ -300,7 +299,12 @@ def test_results_md_answers_first(finished):
     assert places == sorted(places)
     assert text.count("| full |") == 2                           # the table and the details
     line = next(x for x in text.splitlines() if x.startswith("| full |"))
-    assert line.count(" ± ") == 6 and "(" not in line.replace("6 (3)", "")
+    assert line.count(" ± ") == 5 and "no votes yet" in line
+    head = next(x for x in text.splitlines() if x.startswith("| variant |"))
+    assert re.findall(r"[|] ([^|]+?) ?[↑↓]", head)[:5] == [
+        "Text Similarity", "Motion Fidelity", "Temporal Consistency", "Fréchet distance (tiny-CLIP features)",
+        "User Preference"]
+    assert "| real from real | – | – | – | 0." in text
 
 
 def test_the_forest_plot_is_a_file_of_its_own(finished):
@@ -331,16 +335,12 @@ def test_a_console_without_arrows_gets_its_table(copy, model, monkeypatch):
     assert b"Motion Fidelity ?" in out.buffer.getvalue()
 
 
-def test_two_trainings_tell_their_spread(model, tmp_path):
+def test_trainings_of_a_clip_are_averaged(model, tmp_path):
     more = ("--variants", "no-mqk,no-mv,base", "--training-seeds", "2")
     assert eval_mi.main(arguments(model, tmp_path, *more)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {r["name"]: r["n"] for r in results["rows"]} == {"full": 12, "no-mqk": 12, "no-mv": 12, "base": 6}
     assert [c["pairs"] for c in results["comparisons"]] == [6, 6, 6]       # trainings of a sample: their mean
-    assert [(c["name"], c["metric"], c["shape"]) for c in results["components"]] == [
-        (name, metric, [3, 2, 2]) for name in eval_mi.ABLATIONS for metric in eval_mi.PRIMARY]
-    assert all(None not in c["deviations"] for c in results["components"])
-    assert "detectable with 3 x 2 x 2" in (tmp_path / "results.md").read_text(encoding="utf-8")
     assert len(files(tmp_path, "motions")) == 3 * 3 * 2
 
 
@@ -398,7 +398,7 @@ def test_a_sample_that_is_missing_is_made_again_in_the_same_company(copy, model)
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))
     cell = next(c for c in lab.cells if c.variant.name == "full" and c.seed == 1)
     before, scores = frames_of(lab, cell), files(copy, "scores")
-    lab.sample_path(cell).unlink()
+    lab.paths.sample(cell).unlink()
     assert eval_mi.main(arguments(model, copy)) == 0
     assert np.array_equal(frames_of(lab, cell), before)
     assert sum(scores[name] != when for name, when in files(copy, "scores").items()) <= 2
@@ -429,47 +429,31 @@ def assert_same(a, b):
         assert a == b
 
 
-def test_ranks_share_the_plan_evenly(model, tmp_path):
-    lab = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, "--clip-count", "10")))
-    hands = eval_mi.deal(lab, 3)
-    dealt = [cell for hand in hands for group in hand for batch in group for cell in batch]
-    assert sorted(map(id, lab.cells)) == sorted(map(id, dealt))
-    loads = [sum(map(lab.passes, hand)) for hand in hands]
-    assert max(loads) < 1.2 * min(loads)
-    assert eval_mi.deal(lab, 3) == hands
-    assert eval_mi.deal(lab, 1)[0] == lab.work
-
-
-def test_damaged_files_are_set_aside_reported_and_made_again(copy, model, capsys):
+def test_damaged_files_are_reported_and_made_again(copy, model, capsys):
     before = table(copy)
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))
     one, two, three = [c for c in lab.cells if c.variant.name == "no-mqk" and c.seed == 0]
-    victims = [lab.score_path(one), lab.score_path(two), lab.motion_path(three.clip, "no-mqk", 0)]
-    for path in (victims[0], victims[2]):
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 255                                                # one byte
-        path.write_bytes(data)
-    victims[1].write_bytes(victims[1].read_bytes()[:100])                          # cut off
-    lab.sample_path(three).unlink()                                                # asks to train that again
+    victims = [lab.paths.score(one), lab.paths.score(two), lab.paths.motion(three.clip, "no-mqk", 0)]
+    data = bytearray(victims[0].read_bytes())
+    data[len(data) // 2] ^= 255                                                    # one byte
+    victims[0].write_bytes(data)
+    for path in victims[1:]:
+        path.write_bytes(path.read_bytes()[:100])                                  # cut off
+    lab.paths.sample(three).unlink()                                                # asks to train that again
     assert eval_mi.main(arguments(model, copy)) == 0
     said = capsys.readouterr().err
     assert said.count("is damaged") == 3 and "Traceback" not in said
-    assert all(v.with_suffix(".damaged").exists() for v in victims)
     assert json.loads((copy / "results.json").read_text())["run"]["computed"] == 3
     assert_same(table(copy), before)
 
 
-def test_damaged_frames_and_training_states_are_no_end(copy, model, capsys):
+def test_damaged_frames_are_no_end(copy, model, capsys):
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy)))
     cell = next(c for c in lab.cells if c.variant.name == "no-mv" and c.seed == 0)
-    lab.sample_path(cell).write_bytes(b"")
+    lab.paths.sample(cell).write_bytes(b"")
     assert eval_mi.main(arguments(model, copy, "--report")) == 0                   # the page does without it
-    path = lab.motion_path(cell.clip, "no-mv", 0)
-    path.unlink()
-    path.with_suffix(".training").write_bytes(b"no state")
     assert eval_mi.main(arguments(model, copy)) == 0
-    assert path.exists() and frames_of(lab, cell).any()
-    assert capsys.readouterr().err.count("is damaged") == 2
+    assert frames_of(lab, cell).any() and capsys.readouterr().err.count("is damaged") == 1
 
 
 def test_a_lack_of_memory_damages_no_file(copy):
@@ -492,7 +476,7 @@ def test_a_judge_without_a_usable_tokenizer_is_one_line(model, tmp_path, capsys)
     clip = shutil.copytree(model / "clip", tmp_path / "clip")
     (clip / "vocab.json").unlink()
     (clip / "tokenizer.json").write_text('{"model": {}}')
-    assert eval_mi.main(arguments(model, tmp_path / "out", "--clip", str(clip))) == 2
+    assert eval_mi.main(arguments(model, tmp_path / "out", "--clip-model", str(clip))) == 2
     said = capsys.readouterr().err
     assert f"error: {clip}" in said and "Traceback" not in said
 
@@ -513,19 +497,20 @@ def test_a_changed_setting_makes_new_cells_and_keeps_the_old(copy, model):
 def test_other_weights_and_other_code_make_new_cells(model, finished, tmp_path, monkeypatch):
     settings = eval_mi.parse(arguments(model, finished))
     cell = eval_mi.Lab(settings).cells[0]
-    paths = [eval_mi.Lab(settings).sample_path(cell)]
+    paths = [eval_mi.Lab(settings).paths.sample(cell)]
     other = shutil.copytree(model, tmp_path / "model")
     weights = other / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    paths.append(eval_mi.Lab(eval_mi.parse(arguments(other, finished))).sample_path(cell))
+    paths.append(eval_mi.Lab(eval_mi.parse(arguments(other, finished))).paths.sample(cell))
     monkeypatch.setattr(eval_mi, "CODE_VERSION", 0)
-    paths.append(eval_mi.Lab(settings).sample_path(cell))
+    paths.append(eval_mi.Lab(settings).paths.sample(cell))
     assert len({p.name for p in paths}) == 3 and paths[0].exists()
 
 
-def test_every_variant_runs(model, tmp_path):
+def test_every_variant_runs(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(eval_mi.TRAININGS, "paper", {"steps": 3, "lr_schedule": "constant"})
     more = ("--clip-count", "1", "--seed-count", "1", "--variants", ",".join(eval_mi.VARIANTS))
     assert eval_mi.main(arguments(model, tmp_path, *more)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -539,41 +524,53 @@ def test_every_variant_runs(model, tmp_path):
 
 # -------------------------------------------------------------------------------------------- User Preference
 
-def write_votes(path, lab, picks):
+def write_votes(path, ballot, picks):
     """A file as the page saves it; picks: participant -> the variant chosen everywhere, or None for a
     careless one."""
-    questions, variant_of, run_id = eval_mi.ballot_questions(lab)
-    checks = eval_mi.attention_checks(questions, run_id)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(eval_mi.VOTE_FIELDS)
         for person, pick in picks.items():
-            for n, (q, right) in enumerate([(q, None) for q in questions] + checks):
-                shown = list(q.candidates)
-                choice = right if right and pick else next(
-                    key for key in shown if (variant_of[key] == pick if not right and pick else key != right))
-                writer.writerow([run_id, person, n, q.id, "|".join(shown), choice])
+            for n, (question, candidates) in enumerate(ballot["questions"].items()):
+                choice = next(key for key, variant in candidates.items() if variant == (pick or "base"))
+                writer.writerow([ballot["run"], person, n, question, "|".join(candidates), choice])
+            for n, (question, check) in enumerate(ballot["checks"].items()):
+                wrong = next(key for key in check["candidates"] if key != check["right"])
+                writer.writerow([ballot["run"], person, n, question, "|".join(check["candidates"]),
+                                 check["right"] if pick else wrong])
 
 
-def test_a_ballot_from_finished_cells_and_its_votes_in_the_table(copy, model, monkeypatch, capsys):
+def test_a_ballot_from_finished_cells_and_its_votes_without_any(copy, model, tmp_path, monkeypatch, capsys):
+    """A page from cells; then votes beside results.json and ballot.json alone, as in a clone."""
     monkeypatch.setattr(mini_mi, "load_models", None)            # finished cells are all it needs
+    monkeypatch.setattr(eval_mi, "load_clip", None)
     assert eval_mi.main(arguments(model, copy, "--votes", str(copy))) == 2
-    assert "--ballot" in capsys.readouterr().err
-    before = (copy / "results.json").read_bytes()
-    more = ("--prompt-count", "2")                               # cells of the second prompt are not there
-    assert eval_mi.main(arguments(model, copy, "--ballot", *more)) == 0
-    assert "3 questions" in capsys.readouterr().out and (copy / "results.json").read_bytes() == before
+    assert "ballot.json is missing" in capsys.readouterr().err
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0
+    assert "3 questions and 2 attention checks" in capsys.readouterr().out
     page = (copy / "ballot.html").read_text(encoding="utf-8")
     assert not [name for name in ("no-mqk", "no-mv", "drop-") if name in page]
-    lab = eval_mi.Lab(eval_mi.parse(arguments(model, copy, "--report")))
-    picks = {f"p{i}": "full" if i < 4 else "no-mqk" for i in range(6)}
-    (copy / "votes").mkdir()
-    write_votes(copy / "votes" / "one.csv", lab, picks)
-    write_votes(copy / "two.csv", lab, {"careless": None})
-    (copy / "other.csv").write_text("a,b\n1,2\n")
-    given = [str(copy / name) for name in ("votes", "two.csv", "other.csv")]
-    assert eval_mi.main(arguments(model, copy, "--votes", *given)) == 0
-    results = json.loads((copy / "results.json").read_text())
+    ballot = json.loads((copy / "ballot.json").read_text())
+    ids = [ballot["run"], *ballot["questions"], *ballot["checks"],
+           *(key for candidates in ballot["questions"].values() for key in candidates)]
+    assert all(re.fullmatch("[rqc][0-9a-f]{12}", key) and key in page for key in ids)
+    assert [*ballot["questions"].values()][0].keys().isdisjoint([*ballot["questions"].values()][1])
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0             # the same again
+    assert (copy / "ballot.html").read_text(encoding="utf-8") == page
+
+    picks, clone = {f"p{i}": "full" if i < 4 else "no-mqk" for i in range(6)}, tmp_path / "clone"
+    (clone / "votes").mkdir(parents=True)
+    for name in ("results.json", "ballot.json"):
+        shutil.copy(copy / name, clone)
+    write_votes(clone / "votes" / "one.csv", ballot, picks)
+    write_votes(clone / "two.csv", ballot, {"careless": None})
+    (clone / "other.csv").write_text("a,b\n1,2\n")
+    before = json.loads((clone / "results.json").read_text())
+    given = [str(clone / name) for name in ("votes", "two.csv", "other.csv")]
+    monkeypatch.setattr(eval_mi, "Lab", None)                    # neither clips nor cells
+    assert eval_mi.main(["--out", str(clone), "--votes", *given]) == 0
+    results = json.loads((clone / "results.json").read_text())
+    assert all(results[key] == before[key] for key in before if key not in ("rows", "preference"))
     votes = {r["name"]: r["preference"] for r in results["rows"]}
     assert [votes[n]["share"] for n in ("full", "no-mqk", "no-mv", "base")] == pytest.approx(
         [4 / 6, 2 / 6, 0, 0])
@@ -581,26 +578,34 @@ def test_a_ballot_from_finished_cells_and_its_votes_in_the_table(copy, model, mo
     assert votes["drop-mv"] is None
     mean, _, _, p = results["preference"]["tests"]["no-mv"]
     assert (mean, p) == (pytest.approx(4 / 6), 2 * 4 / 2 ** 6)    # four of six people, all of one sign
-    text = (copy / "results.md").read_text(encoding="utf-8")
-    assert "1 of 7 participants left out" in text and "other.csv left out" in text and "0.67 (" in text
-    assert "User Preference of full: 18 votes of 6 people, chance 0.250." in text
+    text, printed = (clone / "results.md").read_text(encoding="utf-8"), capsys.readouterr().out
+    for said in ("1 of 7 participants left out", "other.csv left out", "0.667 (",
+                 "User Preference of full: 18 votes of 6 people, chance 0.250."):
+        assert said in text and said in printed
+    # The report again, of that file alone: the votes stay.
+    assert eval_mi.main(["--out", str(clone), "--report"]) == 0
+    assert json.loads((clone / "results.json").read_text()) == results
 
 
-def test_a_ballot_keeps_its_questions_and_says_what_it_lacks(copy, model, capsys):
-    more = ("--ballot", "--clip-count", "2", "--ballot-variants", "full,base")
-    assert eval_mi.main(arguments(model, copy, *more)) == 0
-    first = (copy / "ballot.html").read_text(encoding="utf-8")
+def test_votes_do_not_take_the_clips_from_a_report(copy, model):
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 0
+    before = (copy / "report.html").read_text(encoding="utf-8")
+    write_votes(copy / "one.csv", json.loads((copy / "ballot.json").read_text()), {"p1": "full"})
+    assert eval_mi.main(["--out", str(copy), "--votes", str(copy / "one.csv")]) == 0
+    after = (copy / "report.html").read_text(encoding="utf-8")
+    assert "fewer than 5 participants" in after and "fewer than 5" not in before
+    assert after.count("data:image") == before.count("data:image") > 20
+
+
+def test_a_ballot_that_differs_is_refused_and_says_what_it_lacks(copy, model, capsys):
     assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,base")) == 0
-    assert (copy / "ballot.html").read_text(encoding="utf-8") == first
+    first = (copy / "ballot.html").read_text(encoding="utf-8")
     assert eval_mi.main(arguments(model, copy, "--ballot")) == 2              # other variants: another ballot
-    assert "votes that were given on it" in capsys.readouterr().err
+    assert "delete it to ask anew" in capsys.readouterr().err
     assert (copy / "ballot.html").read_text(encoding="utf-8") == first
     (copy / "ballot.json").unlink()
     assert eval_mi.main(arguments(model, copy, "--ballot")) == 0
     assert (copy / "ballot.html").read_text(encoding="utf-8") != first
-    assert eval_mi.main(arguments(model, copy, "--ballot", "--guidance", "3")) == 2
-    assert "ballot.json" in capsys.readouterr().err
-    (copy / "ballot.json").unlink()
     assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,mv-1d")) == 2
     assert "mv-1d" in capsys.readouterr().err
 
@@ -616,15 +621,16 @@ def test_a_ballot_keeps_its_questions_and_says_what_it_lacks(copy, model, capsys
     (["--size", "60x64"], "multiples of 8"), (["--frames", "1"], "--frames"), (["--steps", "0"], "--steps"),
     (["--split", "train"], "--split"), (["--size", "64x32"], "square"), (["--dtype", "int8"], "--dtype"),
     (["--clips", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"),
-    (["--clip", "nowhere"], "nowhere"), (["--votes", "nowhere"], "ballot"),
+    (["--clip-model", "nowhere"], "nowhere"), (["--votes", "nowhere"], "no such file"),
     (["--ballot", "--ballot-variants", "full"], "--ballot-variants"),
-    (["--ballot-variants", "vae,full"], "--ballot-variants"),
+    (["--ballot", "--ballot-variants", "vae,full"], "--ballot-variants"),
     (["--noise-prior", "2"], "--noise-prior"), (["--no-such-option"], "--no-such-option"),
     (["--tracker", "magic"], "--tracker"), (["--device", "cuda:77"], "cuda"),
     (["--device", "gpu"], "--device"), (["--guidance", "nan"], "--guidance"),
     (["--out", str(ROOT / "README.md")], "--out")])
 def test_bad_input_is_one_line_and_status_2(finished, model, capsys, more, said):
-    assert eval_mi.main(arguments(model, finished, "--report", *more)) == 2
+    job = [] if "--ballot" in more or "--votes" in more else ["--report"]
+    assert eval_mi.main(arguments(model, finished, *job, *more)) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and said in error
 
