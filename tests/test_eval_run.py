@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -442,7 +443,7 @@ def test_damaged_files_are_reported_and_made_again(copy, model, capsys):
     lab.paths.sample(three).unlink()                                                # asks to train that again
     assert eval_mi.main(arguments(model, copy)) == 0
     said = capsys.readouterr().err
-    assert said.count("is damaged") == 3 and "Traceback" not in said
+    assert said.count("deleted, to be made again") == 3 and "Traceback" not in said
     assert json.loads((copy / "results.json").read_text())["run"]["computed"] == 3
     assert_same(table(copy), before)
 
@@ -679,6 +680,42 @@ def test_thumbnails_and_descriptions_are_no_clips(tmp_path):
         eval_mi.find_clip(tmp_path, "bird")
 
 
+def test_clips_in_sub_folders_and_a_byte_order_mark(model, tmp_path):
+    """A clip can be named by its path; files of cells lie in one folder a clip all the same."""
+    (tmp_path / "dogs" / "young").mkdir(parents=True)
+    shutil.copy(ROOT / "data" / "clips" / "spiral.webp", tmp_path / "dogs" / "young" / "rex.webp")
+    entry = {"caption": "a red star on a teal plain background",
+             "prompts": ["a red circle on a teal plain background"]}
+    (tmp_path / "clips.json").write_text(json.dumps({"dogs/young/rex": entry}), encoding="utf-8-sig")
+    out = tmp_path / "out"
+    more = ("--clips", str(tmp_path), "--clip-count", "1", "--variants", "full", "--seed-count", "1")
+    assert eval_mi.main(arguments(model, out, *more)) == 0
+    assert json.loads((out / "results.json").read_text())["cells"][0]["clip"] == "dogs/young/rex"
+    assert [p.parent.name for p in (out / "cells").rglob("*.npz")] == ["dogs_young_rex"]
+    with pytest.raises(mini_mi.UserError, match="no such clip"):
+        eval_mi.find_clip(tmp_path, "cats/young/rex")
+
+
+def test_another_package_called_data_does_not_matter(tmp_path):
+    """As a badly packed wheel leaves one in site-packages."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("")
+    done = subprocess.run([sys.executable, str(ROOT / "eval_mi.py"), "--help"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0 and "--clip-count" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("cards, local, device", [(1, "3", "cuda:0"), (4, "3", "cuda:3"), (4, None, "cuda:0")])
+def test_every_process_takes_its_own_card_or_the_only_one(monkeypatch, cards, local, device):
+    """SLURM can show each task one card, whatever its LOCAL_RANK is."""
+    monkeypatch.setattr(mini_mi, "pick_device", lambda name: "cuda" if name == "auto" else name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert eval_mi.parse([]).device == device
+
+
 def test_texts_that_the_tiny_world_cannot_show(model, tmp_path, capsys):
     shutil.copy(ROOT / "data" / "clips" / "spiral.webp", tmp_path)
     entry = {"caption": "a dog on a sofa", "prompts": ["a red star on a teal plain background"]}
@@ -691,6 +728,59 @@ def test_texts_that_the_tiny_world_cannot_show(model, tmp_path, capsys):
 def test_report_of_nothing_says_so(model, tmp_path, capsys):
     assert eval_mi.main(arguments(model, tmp_path, "--report")) == 2
     assert "no finished cell" in capsys.readouterr().err
+
+
+def cells_of(values):
+    """Cells as the judges write them; values: variant -> Motion Fidelity of clips a, b of one motion and c."""
+    return [{"variant": name, "clip": clip, "movement": "turn" if clip in "ab" else "fall", "prompt_index": 0,
+             "seed": 0, "train_seed": 0, "moving_tracks": 5, "tracks": 9, "cost": {"train_seconds": 1.0},
+             "scores": {"motion_fidelity": value, "text_similarity": value, "leakage": -value,
+                        "attributes": float(clip != "a")}}
+            for name, some in values.items() for clip, value in zip("abc", some)]
+
+
+def test_the_analysis_by_hand():
+    """Three clips of two motions: motions as units, the interaction, full against base, the way to the bound."""
+    values = {"full": [0.8, 0.6, 0.7], "no-mqk": [0.5, 0.4, 0.4], "no-mv": [0.5, 0.3, 0.5],
+              "base": [0.4, 0.2, 0.3], "base-no-inversion": [0.1] * 3, "vae": [1.0, 0.9, 0.8]}
+    distance = {"frechet": [0.2, 0.1, 0.3], "frechet_floor": 0.1, "kid": 0.0, "frames": 3,
+                "difference": [-0.5, -0.75, -0.25]}
+    found = eval_mi.analyse({"cells": cells_of(values), "settings": {"variants": list(values)},
+                             "distances": dict.fromkeys(values, distance)})
+    test = found["comparisons"][0]["metrics"]["motion_fidelity"]
+    assert test["mean"] == pytest.approx(-(0.3 + 0.2 + 0.3) / 3)
+    assert test["by_motion"]["mean"] == pytest.approx(-(0.25 + 0.3) / 2)      # the two of one motion count once
+    assert (test["by_motion"]["motions"], test["by_motion"]["same_sign"]) == (2, 2)
+    assert found["by_motion"]["no-mqk"].startswith(
+        "no-mqk with the 2 motions as units, since the clips repeat them: Motion Fidelity -0.275 (")
+    together, against, way = found["further"]
+    # 0.8 - 0.5 - 0.5 + 0.4, 0.6 - 0.4 - 0.3 + 0.2, 0.7 - 0.4 - 0.5 + 0.3
+    assert "full - no-mqk - no-mv + base, exploratory): +0.133 (" in together and "the parts add up" in together
+    assert "Appearance leakage -0.4000" in against and "Motion Fidelity +0.4000" in against
+    assert "Fréchet distance +0.5000 (+0.2500 to +0.7500)" in against
+    # From 0.1 to 0.9: base at 0.3, full at 0.7, so 0.4 of the 0.6 that base leaves.
+    assert way.endswith("base alone closes 0.25 and full 0.75: full closes 0.67 of what base leaves.")
+    share = found["rows"][0]["metrics"]["attributes"]
+    assert share[0] == pytest.approx(2 / 3) and 0 <= share[1] < 2 / 3 < share[2] <= 1
+    assert (found["rows"][0]["moving_tracks"], found["rows"][0]["tracks"], found["rows"][0]["fewest_moving"]) == (5, 9, 5)
+
+
+def test_the_published_run_is_analysed_again_from_its_file(tmp_path):
+    """Every number and sentence of data/ablation comes from its cells, without pixels."""
+    published = ROOT / "data" / "ablation"
+    shutil.copy(published / "results.json", tmp_path)
+    assert eval_mi.main(["--report", "--out", str(tmp_path)]) == 0
+    for name in ("results.json", "results.md", "results.svg"):
+        assert (tmp_path / name).read_text("utf-8") == (published / name).read_text("utf-8"), name
+    text = (tmp_path / "results.md").read_text("utf-8")
+    for said in ("Motion Fidelity -0.130 (-0.177 to -0.082) in the mean over motions, 8 of 8 of this sign",
+                 "Motion Fidelity -0.099 (-0.141 to -0.058) in the mean over motions, 8 of 8 of this sign",
+                 "+0.079 (+0.040 to +0.118)", "Temporal Consistency -0.0032 (-0.0052 to -0.0012)",
+                 "base alone closes 0.63 and full 0.82: full closes 0.51 of what base leaves"):
+        assert said in text
+    full = [c["scores"] for c in json.loads((published / "results.json").read_text())["cells"]
+            if c["variant"] == "full"]
+    assert sum(scores["attributes"] for scores in full) == 183 and len(full) == 192
 
 
 def test_sentences_say_what_the_numbers_say():

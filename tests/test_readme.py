@@ -23,7 +23,8 @@ def test_a_row_of_the_table(name):
     *cells, count = [cell.strip() for cell in line.strip("|").split("|")][1:]
     for metric, cell in zip(COLUMNS, cells, strict=True):
         mean, low, high = ROWS[name]["metrics"][metric]
-        assert cell == f"{mean:.3f} ± {(high - low) / 2:.3f}"
+        assert cell == (f"{mean:.3f} ({low:.3f} to {high:.3f})" if metric == "attributes"
+                        else f"{mean:.3f} ± {(high - low) / 2:.3f}")
     assert count == f"{ROWS[name]['n']} ({ROWS[name]['clips']})"
 
 

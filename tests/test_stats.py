@@ -107,43 +107,6 @@ def test_detectable_difference_is_found_with_the_power_it_promises():
     assert 0.76 < hits / 2000 < 0.86
 
 
-def test_variance_components_are_found_again_and_worked_by_hand():
-    # Two clips of two trainings of two samples, by hand. Effects of trainings, samples and rest of the first
-    # clip: -1.5 1.5, -0.25 0.25, all +-0.25; of the second: -1 1, -1 1, none.
-    parts = eval_mi.variance_components([[[0, 1], [3.5, 3.5]], [[4, 6], [6, 8]]])
-    rest = (4 * 0.25 ** 2 + 0) / 2                                       # one degree of freedom a clip
-    trainings = (2 * 1.5 ** 2 + 2 * 1) / 2 - rest / 2
-    samples = (2 * 0.25 ** 2 + 2 * 1) / 2 - rest / 2
-    clips = (6 - 2) ** 2 / 2 - trainings / 2 - samples / 2 - rest / 4
-    assert parts == pytest.approx((clips, trainings, samples, rest))
-    rng = np.random.default_rng(5)
-    shapes = (400, 1, 1), (400, 3, 1), (400, 1, 4), (400, 3, 4)
-    sizes = (0.3, 0.2, 0.4, 0.1)
-    values = sum(size * rng.normal(size=shape) for size, shape in zip(sizes, shapes))
-    assert np.sqrt(eval_mi.variance_components(values)) == pytest.approx(sizes, abs=0.03)
-    # Of one training each its spread is part of the clips', and the rest of the samples'.
-    per_clip, none, per_sample, rest = eval_mi.variance_components(values[:, :1])
-    assert none is None and rest is None
-    assert math.sqrt(per_clip) == pytest.approx(math.hypot(0.3, 0.2), abs=0.03)
-    assert math.sqrt(per_sample) == pytest.approx(math.hypot(0.4, 0.1), abs=0.03)
-    assert eval_mi.variance_components(values[:, :1, :1])[1:] == (None, None, None)
-
-
-def test_detectable_with_is_that_of_the_interval_seen_and_what_other_runs_would_find():
-    rng = np.random.default_rng(6)
-    values = 0.2 * rng.normal(size=(12, 1, 1)) + 0.3 * rng.normal(size=(12, 1, 4))
-    mean, low, high = eval_mi.student_interval(values.mean((1, 2)))
-    parts = eval_mi.variance_components(values)
-    assert eval_mi.detectable_with(parts, 12, 1, 4) == pytest.approx(
-        eval_mi.detectable_difference(high - mean, 12))
-    hits, effect = 0, eval_mi.detectable_with((0.04, 0.01, 0.06, 0.03), 20, 2, 3, alpha=0.05 / 4)
-    for _ in range(1000):
-        d = (0.2 * rng.normal(size=(20, 1, 1)) + 0.1 * rng.normal(size=(20, 2, 1))
-             + 0.06 ** 0.5 * rng.normal(size=(20, 1, 3)) + 0.03 ** 0.5 * rng.normal(size=(20, 2, 3)))
-        hits += eval_mi.student_interval(d.mean((1, 2)) + effect, 1 - 0.05 / 4)[1] > 0
-    assert 0.75 < hits / 1000 < 0.86
-
-
 def test_holm_worked_example():
     # Sorted p times 4, 3, 2, 1, then never falling: 0.04, 0.06, 0.06, 0.06
     # (from 0.02 * 3, 0.03 * 2, 0.04 * 1)
@@ -173,11 +136,21 @@ def test_jackknife_covers_for_a_difference_of_frechet_distances():
     assert 0.88 < covered / 150 <= 1
 
 
-def test_clustered_share_is_wider_than_wilson_when_people_are_of_one_mind():
+def test_share_interval_is_wider_than_wilson_when_people_are_of_one_mind():
     people = np.repeat(np.arange(20), 10)
     wins = (people % 2 == 0).astype(int)                                          # each always votes the same
-    low, high = eval_mi.clustered_share(wins, people)
+    low, high = eval_mi.share_interval(wins, people)
     narrow = eval_mi.wilson_interval(100, 200)
     assert low < narrow[0] < 0.5 < narrow[1] < high
-    independent = eval_mi.clustered_share(wins, np.arange(200))
+    independent = eval_mi.share_interval(wins, np.arange(200))
     assert independent == pytest.approx(narrow, abs=0.02)
+
+
+def test_share_interval_stays_within_0_and_1_and_has_a_width_where_all_agree():
+    clips = np.repeat(np.arange(48), 4)
+    wins = np.ones(192)
+    assert eval_mi.share_interval(wins, clips) == eval_mi.wilson_interval(192, 192)
+    wins[:9] = 0                                     # 183 of 192: t on the clips' means would end above 1
+    assert eval_mi.student_interval(eval_mi.group_means([1.0] * 47 + [0.6], range(48)))[2] > 1
+    low, high = eval_mi.share_interval(wins, clips)
+    assert 0.85 < low < 183 / 192 < high <= 1
