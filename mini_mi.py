@@ -1501,8 +1501,8 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     embeddings, last = text_encoder.text_model.embeddings, max(tokenizer.vocab.values())
     known, length = embeddings.token_embedding.num_embeddings, embeddings.position_embedding.num_embeddings
     if last >= known or tokenizer.length > length:
-        raise UserError(f"{folder / 'tokenizer'} gives {tokenizer.length} tokens, of numbers up to {last}; the "
-                        f"text encoder takes {length} below {known}: get both from one model")
+        raise UserError(f"{folder / 'tokenizer'} gives {tokenizer.length} tokens, of numbers up to {last}; "
+                        f"the text encoder takes {length} below {known}: get both from one model")
     return Models(tokenizer, text_encoder, vae, unet, scheduler)
 
 
