@@ -32,17 +32,14 @@ Checked against: transformers' CLIP and pytorch-fid's Inception network (to 1e-4
 metric, simulated coverage for the intervals of means and shares. See tests/.
 """
 
-import base64
 import collections
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
 import hashlib
 import html
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -61,17 +58,24 @@ import scipy.stats
 import torch
 import torch.distributed
 import torch.nn.functional as nnf
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import mini_mi
 from mini_mi import UserError, option
 
-# data/world.py, by its place: another package called `data` may be installed.
-_place = importlib.util.spec_from_file_location("mini_mi_world", mini_mi.HERE / "data" / "world.py")
-world = importlib.util.module_from_spec(_place)
-_place.loader.exec_module(world)
+
+
+def own_module(name):
+    """data/NAME.py by its place: another package called `data` may be installed."""
+    spec = importlib.util.spec_from_file_location(f"mini_mi_{name}", mini_mi.HERE / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+world, voting = own_module("world"), own_module("voting")
 
 
 # ======================== THE QUESTION: what is lost without MQK, what without MV? =========================
@@ -1152,20 +1156,7 @@ def way_to_the_bound(rows):
 
 # ============= BALLOT: User Preference, from a page that people vote on to shares with intervals ============
 
-VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
 FEW = 5                                              # participants below which shares are no result yet
-
-# A participant's choice: the id of a candidate of that question.
-Vote = collections.namedtuple("Vote", "participant question choice")
-# Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8. id and the
-# keys of candidates are opaque; every question has a candidate of every variant of the ballot. caption, what
-# the reference shows, is the prompt of an attention check.
-Question = collections.namedtuple("Question", "id prompt reference candidates caption")
-
-
-def opaque(letter, *what):
-    """An id that tells nothing. It begins with a letter, or a spreadsheet takes 728957227716 for a number."""
-    return letter + digest(*what)
 
 
 def make_ballot(lab, most=20):
@@ -1176,15 +1167,21 @@ def make_ballot(lab, most=20):
     if len(s.ballot_variants) < 2 or any(VARIANTS[name].own_prompt for name in s.ballot_variants):
         raise UserError("--ballot-variants takes two or more variants that show the target prompts")
     questions, variant_of = ballot_questions(lab, most)
-    run_id = opaque("r", sorted(variant_of))
-    checks = attention_checks(questions, run_id)
+    run_id = voting.opaque("r", sorted(variant_of))
+    checks = voting.attention_checks(questions, run_id)
     ballot = {"run": run_id, "variants": s.ballot_variants,
               "questions": {q.id: {key: variant_of[key] for key in q.candidates} for q in questions},
               "checks": {q.id: {"right": right, "candidates": list(q.candidates)} for q, right in checks}}
     if file.exists() and mini_mi.read_json(file) != ballot:
         raise UserError(f"{file} is of another ballot: votes that were given on it could not be counted any "
                         "more; delete it to ask anew")
-    write_ballot(page, [*questions, *(q for q, _ in checks)], run_id, s.fps)
+    # A worked example, which data/ballot.html explains. No motion that is tested is in it.
+    right, wrong = "a yellow star on a teal plain background", "a red circle on a brown striped background"
+    clips = {key: world.render(world.scene(3, [motion], text)) for key, motion, text in (
+        ("still", "rest", right), ("same", "zigzag", wrong), ("right", "zigzag", right),
+        ("other", "zoom_in", right))}
+    example = voting.Question("example", right, clips["same"], clips, wrong)
+    write_text(page, voting.ballot_page([example, *questions, *(q for q, _ in checks)], run_id, s.fps))
     write_text(file, json.dumps(ballot, indent=1))
     print(f"{page}: {len(questions)} questions and {len(checks)} attention checks; give it to people as it is, "
           f"keep {file.name} to yourself, and count what they save with --votes")
@@ -1205,59 +1202,12 @@ def ballot_questions(lab, most):
     for n in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int):
         (clip, prompt_index, files), candidates = ready[n], {}
         for name, file in files.items():
-            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
+            key = voting.opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
             with mini_mi.built_from(file, "is damaged"):
                 candidates[key], variant_of[key] = read_arrays(file)["frames"], name
-        questions.append(Question(opaque("q", clip.name, prompt_index), clip.prompts[prompt_index], clip.frames,
+        questions.append(voting.Question(voting.opaque("q", clip.name, prompt_index), clip.prompts[prompt_index], clip.frames,
                                   candidates, clip.caption))
     return questions, variant_of
-
-
-def attention_checks(questions, run_id):
-    """Two questions whose answer is beyond doubt -> [(Question, id of the right candidate)].
-    One candidate is the reference itself, under its own caption; the others stand still. The references that
-    change most are taken; one that never moves would make everybody fail. Nothing in the page marks a check.
-    """
-    def change(q):
-        """How much a question's reference changes from frame to frame."""
-        return np.abs(np.diff(q.reference.astype(int), axis=0)).mean()
-
-    clips = {q.reference.tobytes(): q for q in questions}            # a clip once, though it has many prompts
-    moving, checks = sorted(filter(change, clips.values()), key=change, reverse=True), []
-    for n, q in enumerate([*moving, *moving][:2]):
-        stills = np.linspace(0, len(q.reference) - 1, len(q.candidates) - 1).astype(int)
-        shown = [q.reference, *(np.repeat(q.reference[i:i + 1], len(q.reference), axis=0) for i in stills)]
-        ids = [opaque("c", run_id, n, i) for i in range(len(shown))]
-        check = Question(opaque("q", run_id, n), q.caption, q.reference, dict(zip(ids, shown)), q.caption)
-        checks.append((check, ids[0]))
-    return checks
-
-
-def write_ballot(path, questions, run_id, fps):
-    """Writes the page on which people vote: one file that needs no server and no network.
-    Participants see the questions, attention checks among them, in an order of their own, and save
-    votes-ID.csv. Texts reach the page as JSON with no character that could end a script, and are put in as
-    text; the policy in its head lets nothing load but this style, this script and the pictures in the page.
-    """
-    # A worked example, which data/ballot.html explains. No motion that is tested is in it.
-    right, wrong = "a yellow star on a teal plain background", "a red circle on a brown striped background"
-    example = {"still": ("rest", right), "same": ("zigzag", wrong), "right": ("zigzag", right),
-               "other": ("zoom_in", right)}
-    clips = {key: world.render(world.scene(3, [motion], text)) for key, (motion, text) in example.items()}
-    # Sorted by their opaque ids: the order in the page says nothing about variants or checks.
-    shown = [Question("example", right, clips["same"], clips, wrong), *sorted(questions, key=lambda q: q.id)]
-    # Strips of small clips are lossless: enlarged on the page, they would show every trace of compression.
-    data = json.dumps({"run": run_id, "fps": fps, "fields": VOTE_FIELDS, "questions": [
-        {"id": q.id, "prompt": q.prompt, "reference": film_strip(q.reference),
-         "candidates": {key: film_strip(q.candidates[key]) for key in sorted(q.candidates)}} for q in shown]})
-    for character in "<>&":                                      # json.dumps itself escapes all but ASCII
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    page = (mini_mi.HERE / "data" / "ballot.html").read_text(encoding="utf-8")
-    policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
-    for kind in ("style", "script"):                             # the hash of the very text between the tags
-        text = re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)[1]
-        policy += f"; {kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    write_text(path, page.replace("POLICY", policy, 1).replace("QUESTIONS", data, 1))
 
 
 def count_votes(paths, file):
@@ -1267,61 +1217,8 @@ def count_votes(paths, file):
     ballot = mini_mi.read_json(file)
     with mini_mi.built_from(file):
         variant_of = {key: name for candidates in ballot["questions"].values() for key, name in candidates.items()}
-        votes, notes = read_votes(paths, ballot)
+        votes, notes = voting.read_votes(paths, ballot)
     return {"shares": preference(votes, variant_of), "tests": preference_tests(votes, variant_of), "notes": notes}
-
-
-def read_votes(paths, ballot):
-    """Votes from files, and folders of files, that participants saved -> (list of Vote, notes).
-    Each question of each participant counts once: its last answer, files taken in the order given. Whoever
-    did not give the right answer to every attention check is left out; a file that is not of this run, too.
-    notes tell it, a line each. ballot: as ballot.json keeps it.
-    """
-    answers, notes, changed = {}, [], 0
-    for path in map(Path, paths):
-        # A browser saves a second time as "votes-ID (1).csv": the longer name is the later one.
-        files = sorted(path.glob("*.csv"), key=lambda f: (len(f.name), f.name)) if path.is_dir() else [path]
-        notes += [] if files else [f"{path}: no .csv file in it"]
-        for file in files:
-            try:
-                found = read_ballot(file, ballot)
-            except (OSError, ValueError, csv.Error) as e:            # text that is not UTF-8 is a ValueError
-                notes.append(f"{file} left out: {mini_mi.one_line(e)}")
-                continue
-            changed += sum(answers.get(asked, choice) != choice for asked, choice in found.items())
-            answers.update(found)
-    people = {person for person, _ in answers}
-    careful = {person for person in people if all(answers.get((person, question)) == check["right"]
-                                                  for question, check in ballot["checks"].items())}
-    if careful != people:
-        notes.append(f"{len(people - careful)} of {len(people)} participants left out: not all of the "
-                     f"{len(ballot['checks'])} attention checks passed")
-    if changed:
-        notes.append(f"{changed} answers differ between two files of a participant: the later file counts")
-    return [Vote(person, question, choice) for (person, question), choice in answers.items()
-            if person in careful and question in ballot["questions"]], notes
-
-
-def read_ballot(file, ballot):
-    """A saved file -> (participant, question id) -> choice; ValueError says which cell is not of this run."""
-    candidates = {**ballot["questions"], **{key: check["candidates"] for key, check in ballot["checks"].items()}}
-    found, text = {}, Path(file).read_text(encoding="utf-8-sig")
-    # Spreadsheets begin a file with a mark, and some write semicolons.
-    reader = csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ",")
-    for row in reader:
-        if list(row) != VOTE_FIELDS or None in row.values():
-            raise ValueError(f"its columns are not {','.join(VOTE_FIELDS)}")
-        shown = candidates.get(row["question"], ())
-        fits = {"run": row["run"] == ballot["run"], "participant": row["participant"] != "",
-                "question": bool(shown), "shown": sorted(row["shown"].split("|")) == sorted(shown),
-                "choice": row["choice"] in shown}
-        for field in [field for field, right in fits.items() if not right]:
-            raise ValueError(f"line {reader.line_num}, {field}: the page of this run ({ballot['run']}) did not "
-                             f"write {row[field][:40]!r}; a vote on another run, or a program changed it")
-        found[row["participant"], row["question"]] = row["choice"]
-    if not found:
-        raise ValueError("there is no vote in it")
-    return found
 
 
 def preference(votes, variant_of):
@@ -1492,31 +1389,12 @@ def forest_plot(results):
             f'{"".join(panels)}</svg>')
 
 
-def data_uri(picture, kind="PNG", **options):
-    """A PIL picture as the text that an <img> can hold."""
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def film_strip(frames, most=320, lossless=128):
-    """A clip (F,h,w,3) uint8 as one picture, its frames side by side: {"frames": F, "src": data URI}.
-    most, lossless: the widths in pixels above which a frame is reduced, and is compressed with losses.
-    """
-    count, height, width = frames.shape[:3]
-    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-    side = min(width, most, 16383 // count)                      # WebP pictures are at most 16383 pixels wide
-    if side < width:
-        strip = strip.resize((side * count, side * height // width), Image.Resampling.LANCZOS)
-    return {"frames": count, "src": data_uri(strip, "WEBP", quality=82, lossless=side <= lossless)}
-
-
 def moving_clip(frames, label):
     """A clip as a figure that the style sheet moves: all clips of the page keep step."""
     count, height, width, _ = frames.shape
     return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
             f'style="--frames: {count}; aspect-ratio: {width} / {height}; '
-            f'background-image: url({film_strip(frames, most=192, lossless=0)["src"]})"></div>'
+            f'background-image: url({voting.film_strip(frames, most=192, lossless=0)["src"]})"></div>'
             f"<figcaption>{label}</figcaption></figure>")
 
 
@@ -1532,57 +1410,6 @@ def clip_rows(lab, most=12):
         parts += [f'<p class="soft">{html.escape(text)}</p><div class="clips">'
                   f'{moving_clip(clip.frames, "reference")}{"".join(figures)}</div>'] if figures else []
     return "".join(parts)
-
-
-def figure_path(lab):
-    """Where `look_inside` keeps what it saw."""
-    return lab.paths.out / "figures" / f"{lab.paths.motion(lab.clips[0], 'full', 0).stem}.npz"
-
-
-@torch.no_grad()
-def look_inside(lab):
-    """The first injected layer with the first clip's embeddings -> a dict of arrays.
-    without_mqk, with_mqk   attention maps (F,F), query frame by key frame, mean over heads and positions
-    mv_raw, mv_debiased     norm of MV over channels (F,H,W)
-    """
-    clip, models, seen, arrays = lab.clips[0], lab.pipeline.models, [], {}
-    motion, latents = lab.pipeline.train(clip, "full", 0, progress=len), lab.pipeline.invert(clip)[0]
-    block = min(motion.grids)                                        # a file has them in no certain order
-    grid, t = motion.grids[block], math.ceil(max(0.5, motion.t_min) * models.scheduler.T)
-    attention = models.unet.get_submodule(block).attn1
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-    noisy = models.scheduler.add_noise(latents, noise, t)
-    for motion.use_mqk, name in ((False, "without_mqk"), (True, "with_mqk")):
-        with attention.register_forward_pre_hook(lambda _, reads: seen.append(reads[0])):
-            mini_mi.predict(models, noisy, t, mini_mi.encode_prompt(models, [clip.caption]), motion)
-        q, k = (part(seen[-1]).float().flatten(0, -3).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-                for part in (attention.to_q, attention.to_k))                    # (H*W, heads, F, d_k)
-        arrays[name] = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1)).cpu().numpy()
-    for name in ("mv_raw", "mv_debiased"):
-        motion.train(name == "mv_raw")                               # in training MV is added as it is
-        _, m_v = motion.for_attention(block, "attn1", latents.shape[2], grid)        # (H*W, F, C)
-        arrays[name] = m_v.norm(dim=-1).T.unflatten(1, grid).cpu().numpy()
-    return {"about": {"block": block, "clip": clip.name}, **arrays}
-
-
-def figures(arrays):
-    """The tutorial figures as HTML: what MQK does to the attention map, what debias does to MV."""
-    def picture(values, low, high, name):
-        """An array (h,w) as an <img>: pale yellow (low) over red to dark violet (high)."""
-        grey = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
-        image = ImageOps.colorize(Image.fromarray(grey.astype(np.uint8)), "#fdf4dc", "#3c0f4b", mid="#df7346")
-        return f'<img class="pixels" alt="{name}" src="{data_uri(image)}">'
-
-    # Both pictures of a pair share one scale; its ends leave out the extremes, which would pale all the rest.
-    ends = np.quantile([arrays["without_mqk"], arrays["with_mqk"]], [0.02, 0.98])
-    high = np.quantile([arrays["mv_raw"], arrays["mv_debiased"]], 0.95)
-    rows = [("attention without MQK", arrays["without_mqk"][None], *ends),
-            ("attention with MQK", arrays["with_mqk"][None], *ends),
-            ("MV as trained", arrays["mv_raw"], 0, high),
-            ("MV debiased, as used", arrays["mv_debiased"], 0, high)]
-    return "".join(f'<figure><h3>{title}</h3><div class="frames">'
-                   f"{''.join(picture(one, *scale, title) for one in shown)}</div></figure>"
-                   for title, shown, *scale in rows)
 
 
 def write_report(out, results, lab=None):
@@ -1602,10 +1429,10 @@ def write_report(out, results, lab=None):
         *(as_markdown(parts[name]) for name in order),
         f"`{run['command']}`, {run['date']}, {run['machine']}, {run['minutes']:.1f} minutes "
         f"for {run['computed']} of {results['planned']} cells"]) + "\n")
-    inside, with_pixels = lab and once(figure_path(lab)), re.compile("<!-- pixels -->.*<!-- /pixels -->", re.DOTALL)
+    with_pixels = re.compile("<!-- pixels -->.*<!-- /pixels -->", re.DOTALL)
     page = string.Template(page).substitute(
         {name: as_html(parts[name]) for name in ("answers", "expected", *order)}, forest=forest,
-        clips=clip_rows(lab) if lab else "", figures=figures(inside) if inside else "",
+        clips=clip_rows(lab) if lab else "",
         run=html.escape(" · ".join([run["command"], run["date"], run["machine"],
                                     f"{results['finished']} of {results['planned']} cells"])))
     if lab is None:
@@ -1730,7 +1557,6 @@ def run(s):
     run_experiment(lab, ranks, rank)
     wait()
     if rank == 0:
-        once(figure_path(lab), lambda: look_inside(lab))
         made = signature(s, missing, (time.perf_counter() - began) / 60)
         write_report(out, analyse({"run": made, **collect(lab)}), lab)
     if ranks > 1:

@@ -9,7 +9,7 @@ import pytest
 
 import eval_mi
 import mini_mi
-from data import world
+from data import voting, world
 
 RUN, FPS = "rc0ffee42", 10
 VARIANTS = ("full", "no-mqk", "no-mv", "base")
@@ -20,7 +20,7 @@ PROMPTS = ("a red star on a teal plain background", SCRIPT, "<b>bold</b> & \u202
 
 def opaque(text):
     """An id as the program makes them: of a question or a candidate."""
-    return eval_mi.opaque("q" if text.startswith("question") else "c", text)
+    return voting.opaque("q" if text.startswith("question") else "c", text)
 
 
 def make_questions():
@@ -29,16 +29,18 @@ def make_questions():
     for i, prompt in enumerate(PROMPTS):
         scene = world.scene(5 + i // 2, ["line", "zigzag"][i // 2:][:1])
         candidates = {opaque(f"{i} {v}"): rng.integers(0, 256, (8, 32, 32, 3), np.uint8) for v in VARIANTS}
-        made.append(eval_mi.Question(opaque(f"question {i}"), prompt, world.render(scene, 8, 32), candidates,
+        made.append(voting.Question(opaque(f"question {i}"), prompt, world.render(scene, 8, 32), candidates,
                                      world.caption(scene)))
     return made
 
 
 QUESTIONS = make_questions()
 VARIANT_OF = {key: v for i in range(4) for v in VARIANTS for key in [opaque(f"{i} {v}")]}
-CHECKS = eval_mi.attention_checks(QUESTIONS, RUN)
+CHECKS = voting.attention_checks(QUESTIONS, RUN)
 RIGHT = {q.id: right for q, right in CHECKS}
 EVERYTHING = {q.id: q for q in [*QUESTIONS, *(q for q, _ in CHECKS)]}
+EXAMPLE = voting.Question("example", "a clip", QUESTIONS[0].reference,
+                          dict.fromkeys(("still", "same", "right", "other"), QUESTIONS[0].reference), "a clip")
 # As ballot.json keeps it.
 BALLOT = {"run": RUN, "variants": VARIANTS,
           "questions": {q.id: {key: VARIANT_OF[key] for key in q.candidates} for q in QUESTIONS},
@@ -60,7 +62,7 @@ def rows_of(participant, choices, run=RUN, shown=None):
             for n, (question, choice) in enumerate(choices.items(), start=1)]
 
 
-def save(path, rows, fields=eval_mi.VOTE_FIELDS, **options):
+def save(path, rows, fields=voting.VOTE_FIELDS, **options):
     """A file of votes."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, **options).writerows([fields, *rows])
@@ -84,7 +86,7 @@ def test_votes_are_merged_each_question_once(tmp_path):
     shutil.copy(tmp_path / "more" / "votes-b (10).csv", tmp_path / "copy.csv")
     (tmp_path / "more" / "readme.txt").write_text("no votes")
     paths = [tmp_path / "votes-a.csv", tmp_path / "more", tmp_path / "copy.csv"]
-    votes, notes = eval_mi.read_votes(paths, BALLOT)
+    votes, notes = voting.read_votes(paths, BALLOT)
     assert {(v.participant, v.question): v.choice for v in votes} == {
         (p, q): c for p, wish in (("a", "touch"), ("b", "keyboard")) for q, c in answers(WISHES[wish]).items()
         if q not in RIGHT}
@@ -95,7 +97,7 @@ def test_votes_are_merged_each_question_once(tmp_path):
 def test_spreadsheets_change_a_file_and_it_still_counts(tmp_path):
     path = save(tmp_path / "votes.csv", rows_of("a", answers(WISHES["touch"])), delimiter=";")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(eval_mi.read_votes([path], BALLOT)[0]) == 4
+    assert len(voting.read_votes([path], BALLOT)[0]) == 4
 
 
 @pytest.mark.parametrize("careless", ["wrong", "missing"])
@@ -108,7 +110,7 @@ def test_who_fails_a_check_is_left_out_and_counted(tmp_path, careless):
         del chosen[check]
     save(tmp_path / "a.csv", rows_of("a", chosen))
     save(tmp_path / "b.csv", rows_of("b", answers(WISHES["keyboard"])))
-    votes, notes = eval_mi.read_votes([tmp_path], BALLOT)
+    votes, notes = voting.read_votes([tmp_path], BALLOT)
     assert {v.participant for v in votes} == {"b"} and len(votes) == 4
     assert len(notes) == 1 and notes[0].startswith("1 of 2 participants left out")
 
@@ -135,7 +137,7 @@ def test_a_file_that_is_not_of_this_run_is_named_in_one_line(tmp_path, content, 
     else:
         save(bad, **content)
     good = save(tmp_path / "good.csv", GOOD)
-    votes, notes = eval_mi.read_votes([bad, good], BALLOT)
+    votes, notes = voting.read_votes([bad, good], BALLOT)
     assert len(votes) == 4 and len(notes) == 1 and said in notes[0]
     assert notes[0].startswith(f"{bad} left out: ") and "\n" not in notes[0]
 
@@ -143,13 +145,13 @@ def test_a_file_that_is_not_of_this_run_is_named_in_one_line(tmp_path, content, 
 def test_a_file_that_is_not_there_is_an_error_and_an_empty_folder_is_told(tmp_path):
     with pytest.raises(mini_mi.UserError, match="nowhere"):
         eval_mi.parse(["--votes", str(tmp_path / "nowhere")])
-    assert eval_mi.read_votes([tmp_path], BALLOT) == ([], [f"{tmp_path}: no .csv file in it"])
+    assert voting.read_votes([tmp_path], BALLOT) == ([], [f"{tmp_path}: no .csv file in it"])
     assert eval_mi.preference([], VARIANT_OF) == eval_mi.preference_tests([], VARIANT_OF) == {}
 
 
 def votes_of(wishes):
     """Votes without files: participant -> wish."""
-    return [eval_mi.Vote(name, q.id, opaque(f"{i} {v}")) for name, wish in wishes.items()
+    return [voting.Vote(name, q.id, opaque(f"{i} {v}")) for name, wish in wishes.items()
             for i, (q, v) in enumerate(zip(QUESTIONS, wish))]
 
 
@@ -187,7 +189,7 @@ def test_preference_of_those_who_agree_and_of_one():
 # ------------------------------------------------------------------------------------------- what is written
 
 def test_attention_checks_are_found_again_and_look_like_other_questions():
-    again = eval_mi.attention_checks(make_questions(), RUN)
+    again = voting.attention_checks(make_questions(), RUN)
     assert [(q.id, right) for q, right in CHECKS] == [(q.id, right) for q, right in again]
     assert len(RIGHT) == 2 and {q.caption for q in QUESTIONS} == {q.prompt for q, _ in CHECKS}
     for q, right in CHECKS:
@@ -195,25 +197,25 @@ def test_attention_checks_are_found_again_and_look_like_other_questions():
         assert len(q.candidates) == 4 and np.array_equal(q.candidates[right], q.reference)
         still = [frames for key, frames in q.candidates.items() if key != right]
         assert all((frames == frames[:1]).all() for frames in still)
-    assert set(RIGHT).isdisjoint(q.id for q, _ in eval_mi.attention_checks(QUESTIONS, "0ther"))
+    assert set(RIGHT).isdisjoint(q.id for q, _ in voting.attention_checks(QUESTIONS, "0ther"))
     # One clip alone gives both; a clip that never moves gives none, since nobody could pass it.
-    assert len({q.id for q, _ in eval_mi.attention_checks(QUESTIONS[:1], RUN)}) == 2
+    assert len({q.id for q, _ in voting.attention_checks(QUESTIONS[:1], RUN)}) == 2
     still = np.zeros((8, 32, 32, 3), np.uint8)
-    frozen = eval_mi.Question("ab", "x", still, {"cd": still, "ef": still}, "x")
-    assert eval_mi.attention_checks([frozen], RUN) == []
+    frozen = voting.Question("ab", "x", still, {"cd": still, "ef": still}, "x")
+    assert voting.attention_checks([frozen], RUN) == []
 
 
 def test_a_film_strip_holds_every_frame_and_long_clips_fit():
-    strip = eval_mi.film_strip(np.zeros((48, 40, 720, 3), np.uint8))
+    strip = voting.film_strip(np.zeros((48, 40, 720, 3), np.uint8))
     assert strip["frames"] == 48 and strip["src"].startswith("data:image/webp;base64,")
-    assert eval_mi.film_strip(np.zeros((200, 8, 128, 3), np.uint8))["frames"] == 200
+    assert voting.film_strip(np.zeros((200, 8, 128, 3), np.uint8))["frames"] == 200
 
 
 @pytest.fixture(scope="session")
 def ballot(tmp_path_factory):
     """The page of QUESTIONS."""
     path = tmp_path_factory.mktemp("ballot") / "ballot.html"
-    eval_mi.write_ballot(path, list(EVERYTHING.values()), RUN, FPS)
+    path.write_text(voting.ballot_page([EXAMPLE, *EVERYTHING.values()], RUN, FPS), encoding="utf-8")
     return path
 
 
@@ -393,7 +395,7 @@ def saved(browser, chromium, ballot, tmp_path_factory):
 
 
 def test_the_three_files_fill_the_column(saved):
-    votes, notes = eval_mi.read_votes(saved.values(), BALLOT)
+    votes, notes = voting.read_votes(saved.values(), BALLOT)
     assert notes == [] and len(votes) == 12
     found = eval_mi.preference(votes, VARIANT_OF)
     assert {name: row["share"] for name, row in found.items()} == pytest.approx(
@@ -482,7 +484,7 @@ def test_a_browser_that_keeps_nothing_still_votes(visit, tmp_path, blocked):
     assert page.is_visible("#forgetful")
     for _ in range(7):
         by_key(page, wanted(WISHES["touch"]))
-    votes, notes = eval_mi.read_votes([download(page, tmp_path)], BALLOT)
+    votes, notes = voting.read_votes([download(page, tmp_path)], BALLOT)
     assert len(votes) == 4 and notes == [] and page.trouble == []
 
 
@@ -558,7 +560,7 @@ def test_the_text_can_be_copied_and_focus_is_where_it_helps(visit):
     page.evaluate("document.getElementById('text').value = ''")
     page.locator("#text").focus()
     page.keyboard.press("Control+V")
-    assert page.input_value("#text").startswith(",".join(eval_mi.VOTE_FIELDS) + "\n")
+    assert page.input_value("#text").startswith(",".join(voting.VOTE_FIELDS) + "\n")
 
 
 @pytest.mark.parametrize("scheme, paper", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 26, 33)")])

@@ -67,7 +67,7 @@ def table(out):
     return {key: value for key, value in results.items() if key not in ("run", "settings")}
 
 
-FOLDERS = ("noise", "motions", "cells", "scores", "references", "figures")
+FOLDERS = ("noise", "motions", "cells", "scores", "references")
 
 
 def files(out, *folders):
@@ -179,8 +179,7 @@ def test_a_variant_equals_mini_mi_by_hand(finished, model):
 def test_names_of_files_say_what_they_hold(finished):
     names = {re.sub("-[0-9a-f]{12}(?=[.])", "", name) for name in files(finished)}
     assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz", "noise/spiral.npz",
-            "scores/spiral/vae-own-s0.npz", "references/spiral.npz",
-            "figures/figure_eight-full-r0.npz"} <= names
+            "scores/spiral/vae-own-s0.npz", "references/spiral.npz"} <= names
 
 
 def test_the_report_is_rebuilt_from_cells_alone(copy, finished, model, monkeypatch, capsys):
@@ -283,7 +282,6 @@ def test_report_html_is_one_self_contained_page(finished):
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
     assert page.count('<div class="clip reference"') == 2 * 3
     assert page.count("<svg") == 1                               # the forest plot
-    assert page.count('class="pixels"') == 2 + 2 * 4             # attention maps; MV per frame, twice
     for name in eval_mi.DEFAULT_VARIANTS:
         assert f'aria-label="{name}"' in page and f">{name}<" in page
     # The answers come first, then the picture, then the table.
@@ -316,16 +314,6 @@ def test_the_forest_plot_is_a_file_of_its_own(finished):
     assert text.count("<circle") == 6 * 6 and text.count('class="mark ablation"') == 6 * 2
     assert "prefers-color-scheme: dark" in text and "http" not in text.replace("http://www.w3.org", "")
     assert "nan" not in text and "inf" not in text
-
-
-def test_mv_as_trained_is_not_mv_debiased(finished):
-    (path,) = (finished / "figures").iterdir()
-    arrays = eval_mi.read_arrays(path)
-    assert arrays["about"]["block"].startswith("down_blocks.0.")                 # the first, in every process
-    raw, debiased = arrays["mv_raw"], arrays["mv_debiased"]
-    assert raw.shape == debiased.shape and np.allclose(raw[0], debiased[0])      # Eq. 5 keeps the first frame
-    assert not np.allclose(raw[1:], debiased[1:], rtol=0.05)
-    assert not np.array_equal(arrays["with_mqk"], arrays["without_mqk"])
 
 
 def test_a_console_without_arrows_gets_its_table(copy, model, monkeypatch):
@@ -530,7 +518,7 @@ def write_votes(path, ballot, picks):
     careless one."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(eval_mi.VOTE_FIELDS)
+        writer.writerow(eval_mi.voting.VOTE_FIELDS)
         for person, pick in picks.items():
             for n, (question, candidates) in enumerate(ballot["questions"].items()):
                 choice = next(key for key, variant in candidates.items() if variant == (pick or "base"))
