@@ -24,9 +24,10 @@ A run can be killed at any time and goes on where it stopped. It leaves, in --ou
 A file that exists is not made again. DIGEST stands for everything else that determines it, so whatever is
 changed (settings, clip, weights, version of this code), other files are made, and the old ones stay.
 
-Order of this file: the question, metrics, statistics, the experiment, results, ballot, report, command line;
-last the judges, CLIP and Inception. Letters: B batch, F frames, h w pixels, H W latent grid, C channels,
-D feature width, L tokens, n m counts of samples or tracks, K = F-1 steps of a track.
+Order of this file: the question, metrics, statistics, the experiment, results, ballot, report, command line.
+The networks that judge are in data/networks.py, the voting page is in data/voting.py. Letters: B batch,
+F frames, h w pixels, H W latent grid, C channels, D feature width, n m counts of samples or tracks, K = F-1
+steps of a track.
 
 Checked against: transformers' CLIP and pytorch-fid's Inception network (to 1e-4), hand-worked cases for every
 metric, simulated coverage for the intervals of means and shares. See tests/.
@@ -59,7 +60,6 @@ import torch
 import torch.distributed
 import torch.nn.functional as nnf
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 import mini_mi
@@ -75,7 +75,9 @@ def own_module(name):
     return module
 
 
-world, voting = own_module("world"), own_module("voting")
+world, voting, networks = own_module("world"), own_module("voting"), own_module("networks")
+CLIPModel, InceptionV3, load_clip = networks.CLIPModel, networks.InceptionV3, networks.load_clip
+CLIP_MEAN, CLIP_STD = networks.CLIP_MEAN, networks.CLIP_STD
 
 
 # ======================== THE QUESTION: what is lost without MQK, what without MV? =========================
@@ -119,7 +121,7 @@ VARIANTS = {v.name: v for v in (
     Variant("mv-1d", "MV without space cannot hold local motion: fidelity falls", "mv-1d"),
     Variant("debias-in-training", "MV that is trained as it is used fits better than MV debiased afterwards",
             "debias-in-training"),
-    Variant("paper-settings", "the paper's rate and steps, all noise levels: as good on a model like the paper's",
+    Variant("paper-settings", "the paper's rate, steps and noise levels: on a model like the paper's as good",
             "paper"),
     Variant("no-inversion", "from plain noise the embeddings alone must carry the motion: fidelity falls",
             prior=False),
@@ -229,7 +231,7 @@ def kernel_distance(x, y):
     return float(within - 2 * xy.mean())
 
 
-# ---------------------------------------------------------------------------------------------------- motion
+# ----------------------------------------------------------------------------------------------------- motion
 
 def track_points(video, grid, radius=4, iterations=4):
     """Follows a grid of points through a clip: pyramidal Lucas-Kanade, frame to frame.
@@ -438,8 +440,8 @@ def jackknife(statistic, groups):
 
 
 def share_interval(wins, clusters, draws=10_000, seed=0):
-    """95 % interval of a share, within [0,1] -> (low, high). wins (n,) 0 or 1, clusters (n,) labels: the votes
-    of one person and the samples of one clip are not independent.
+    """95 % interval of a share, within [0,1] -> (low, high). wins (n,) 0 or 1, clusters (n,) labels: votes of
+    one person, or samples of one clip, are not independent.
     It spans two: Wilson's, which takes all for independent, and a percentile bootstrap over whole clusters,
     which does not, but has no width where all agree.
     """
@@ -493,7 +495,8 @@ class Lab:
     def __init__(self, s):
         model = mini_mi.model_folder(s.model)
         own = model / "clip"
-        judge = clip_folder(s.clip_model or (own if own.is_dir() else "openai/clip-vit-base-patch32"))
+        default = own if own.is_dir() else "openai/clip-vit-base-patch32"
+        judge = networks.clip_folder(s.clip_model or default)
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
         in_world = s.small and judge.resolve() == own.resolve()
         self.settings, self.clips = s, read_clips(s, in_world)
@@ -534,7 +537,8 @@ def plan(s, clips):
         batches = []
         for training in (*TRAININGS, None):
             variants = [VARIANTS[name] for name in s.variants if VARIANTS[name].training == training]
-            for train_seed, variant in itertools.product(range(s.training_seeds if training else 1), variants):
+            train_seeds = range(s.training_seeds if training else 1)
+            for train_seed, variant in itertools.product(train_seeds, variants):
                 cells = [Cell(variant, clip, prompt_index, seed, train_seed)
                          for prompt_index in ([-1] if variant.own_prompt else range(s.prompt_count))
                          for seed in range(s.seed_count if variant.sampled else 1)]
@@ -594,12 +598,12 @@ def find_clip(folder, name):
     if not found:
         raise UserError(f"{folder / 'clips.json'} names {name}, but there is no such clip beside it")
     if len(found) > 1:
-        raise UserError(f"{wanted.parent} holds {found[0].name} and {found[1].name}: which of them is the clip "
-                        f"{name}? Write its full name in clips.json, or move one away")
+        raise UserError(f"{wanted.parent} holds {found[0].name} and {found[1].name}: which of them is the "
+                        f"clip {name}? Write its full name in clips.json, or move one away")
     return found[0]
 
 
-# ---------------------------------------------------------------------------------------------- files of cells
+# --------------------------------------------------------------------------------------------- files of cells
 
 # Part of every digest. Raise it with any change of code after which a file would hold something else.
 CODE_VERSION = 3
@@ -717,7 +721,7 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
     return thing
 
 
-# ---------------------------------------------------------------------------------- from a clip to its samples
+# --------------------------------------------------------------------------------- from a clip to its samples
 
 class Pipeline:
     """The steps from a clip to samples, by the text-to-video model. What they make is kept in files."""
@@ -746,7 +750,6 @@ class Pipeline:
     def invert(self, clip):
         """clip -> latents (1,C,F,H,W), and the noise that leads to them (1,C,F,H,W)."""
         def make():
-            """The reference as latents, and the noise that leads to them."""
             # The mean of the autoencoder's answer, so that no draw sets the clips apart; mini_mi.py draws.
             latents = mini_mi.encode_video(self.models, mini_mi.to_model_range(clip.frames))
             noise = mini_mi.ddim_invert(self.models, latents, mini_mi.encode_prompt(self.models, [""]),
@@ -763,7 +766,6 @@ class Pipeline:
         s, on_gpu = self.settings, self.device.type == "cuda"
 
         def make():
-            """Trains; a clip's later trainings find its inversion made."""
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self.device)
             latents = self.invert(clip)[0]          # before the clock: a clip's later trainings find it made
@@ -808,7 +810,7 @@ class Pipeline:
         return [{"about": {"cost": cost}, "frames": video} for video in videos]
 
 
-# ------------------------------------------------------------------------------------ from samples to scores
+# ------------------------------------------------------------------------------------- from samples to scores
 
 WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
                     "background": world.BACKGROUNDS}
@@ -876,7 +878,7 @@ class Judges:
         return {"about": about, **seen}
 
     def attributes(self, prompt, features):
-        """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and all of them.
+        """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and all four.
         For every attribute the prompt competes with the prompts in which only that attribute is another one.
         """
         own, right = world.attributes(prompt), {}
@@ -909,7 +911,8 @@ def collect(lab):
                       if found and cell.variant.name == name] for name in lab.settings.variants}
     by_name = {name: members for name, members in by_name.items() if members}
     if "full" not in by_name:
-        raise UserError(f"{lab.paths.out} has no finished cell of this grid: leave --report out, or change --out")
+        raise UserError(f"{lab.paths.out} has no finished cell of this grid: leave --report out, "
+                        "or change --out")
     to_real = {name: distance_to_real(lab, members) for name, members in by_name.items()}
     distances, drawn = {}, {name: sorted((s.cell.key, s.cell.train_seed) for s in members)
                             for name, members in by_name.items()}
@@ -974,7 +977,7 @@ def chance(lab, full):
     return student_interval(means) if means else None
 
 
-# --------------------------------------------------------------------------------- the analysis, of JSON alone
+# -------------------------------------------------------------------------------- the analysis, of JSON alone
 
 NO_VOTES = {"shares": {}, "tests": {}, "notes": []}
 
@@ -1060,7 +1063,7 @@ def compare(name, ours, theirs, frechet):
             "metrics": metrics, "frechet": frechet}
 
 
-# --------------------------------------------------------------------------------------------------- sentences
+# -------------------------------------------------------------------------------------------------- sentences
 
 def p_text(p):
     """0.0123 -> "p = 0.012"; never 0, which no sample of sign patterns can show."""
@@ -1100,8 +1103,8 @@ def sentence_by_motion(comparison):
         return ""
     parts = [f"{METRICS[m][:-2]} {signed(test)} in the mean over motions, {test['same_sign']} of "
              f"{test['motions']} of this sign" for m, test in tests.items()]
-    return (f"{comparison['name']} with the {tests[PRIMARY[0]]['motions']} motions as units, since the clips repeat them: "
-            f"{'; '.join(parts)}.")
+    return (f"{comparison['name']} with the {tests[PRIMARY[0]]['motions']} motions as units, since the clips "
+            f"repeat them: {'; '.join(parts)}.")
 
 
 def signed(test, digits=3):
@@ -1129,7 +1132,7 @@ def interaction(by_name):
 
 
 def embeddings_against_none(comparisons):
-    """What the method gains and what it costs, with the same start noise: full against base, in every metric."""
+    """What the method gains and costs, with the same start noise: full against base, in every metric."""
     parts = []
     for comparison in [c for c in comparisons if c["name"] == "base"]:
         tests = {METRICS[m][:-2]: (t["mean"], t["low"], t["high"]) for m, t in comparison["metrics"].items()}
@@ -1149,9 +1152,9 @@ def way_to_the_bound(rows):
         return []
     way = fidelity["vae"] - fidelity["base-no-inversion"]
     alone, full = ((fidelity[name] - fidelity["base-no-inversion"]) / way for name in ("base", "full"))
-    return [f"Of the way in Motion Fidelity from base-no-inversion ({fidelity['base-no-inversion']:.3f}) to vae "
-            f"({fidelity['vae']:.3f}) base alone closes {alone:.2f} and full {full:.2f}: full closes "
-            f"{(full - alone) / (1 - alone):.2f} of what base leaves."]
+    ends = f"base-no-inversion ({fidelity['base-no-inversion']:.3f}) to vae ({fidelity['vae']:.3f})"
+    return [f"Of the way in Motion Fidelity from {ends} base alone closes {alone:.2f} and full {full:.2f}: "
+            f"full closes {(full - alone) / (1 - alone):.2f} of what base leaves."]
 
 
 # ============= BALLOT: User Preference, from a page that people vote on to shares with intervals ============
@@ -1160,8 +1163,8 @@ FEW = 5                                              # participants below which 
 
 
 def make_ballot(lab, most=20):
-    """Writes, from finished cells, ballot.html, on which people vote, and ballot.json, all that counting takes.
-    ballot.json never goes into the page: it names the variants and the right answers of the checks.
+    """Writes, from finished cells, ballot.html, on which people vote, and ballot.json, all that counting
+    takes. It never goes into the page: it names the variants and the right answers of the checks.
     """
     s, file, page = lab.settings, lab.paths.out / "ballot.json", lab.paths.out / "ballot.html"
     if len(s.ballot_variants) < 2 or any(VARIANTS[name].own_prompt for name in s.ballot_variants):
@@ -1183,18 +1186,19 @@ def make_ballot(lab, most=20):
     example = voting.Question("example", right, clips["same"], clips, wrong)
     write_text(page, voting.ballot_page([example, *questions, *(q for q, _ in checks)], run_id, s.fps))
     write_text(file, json.dumps(ballot, indent=1))
-    print(f"{page}: {len(questions)} questions and {len(checks)} attention checks; give it to people as it is, "
-          f"keep {file.name} to yourself, and count what they save with --votes")
+    print(f"{page}: {len(questions)} questions and {len(checks)} attention checks; give it to people as it "
+          f"is, keep {file.name} to yourself, and count what they save with --votes")
 
 
 def ballot_questions(lab, most):
-    """At most so many questions, spread over the finished cells -> (list of Question, candidate id -> variant).
+    """At most so many questions, spread over finished cells -> (list of Question, candidate id -> variant).
     A candidate's id is a hash of its file: only who holds the cells can tell what it is.
     """
     s, questions, variant_of = lab.settings, [], {}
     ready = []
     for clip, prompt_index in itertools.product(lab.clips, range(s.prompt_count)):
-        files = {name: lab.paths.sample(Cell(VARIANTS[name], clip, prompt_index, 0)) for name in s.ballot_variants}
+        files = {name: lab.paths.sample(Cell(VARIANTS[name], clip, prompt_index, 0))
+                 for name in s.ballot_variants}
         if all(file.exists() for file in files.values()):
             ready.append((clip, prompt_index, files))
     if not ready:
@@ -1205,8 +1209,9 @@ def ballot_questions(lab, most):
             key = voting.opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
             with mini_mi.built_from(file, "is damaged"):
                 candidates[key], variant_of[key] = read_arrays(file)["frames"], name
-        questions.append(voting.Question(voting.opaque("q", clip.name, prompt_index), clip.prompts[prompt_index], clip.frames,
-                                  candidates, clip.caption))
+        questions.append(voting.Question(
+            voting.opaque("q", clip.name, prompt_index), clip.prompts[prompt_index], clip.frames, candidates,
+            clip.caption))
     return questions, variant_of
 
 
@@ -1216,9 +1221,11 @@ def count_votes(paths, file):
         raise UserError(f"{file} is missing: votes need the --ballot that they were given on")
     ballot = mini_mi.read_json(file)
     with mini_mi.built_from(file):
-        variant_of = {key: name for candidates in ballot["questions"].values() for key, name in candidates.items()}
+        variant_of = {key: name for candidates in ballot["questions"].values()
+                      for key, name in candidates.items()}
         votes, notes = voting.read_votes(paths, ballot)
-    return {"shares": preference(votes, variant_of), "tests": preference_tests(votes, variant_of), "notes": notes}
+    return {"shares": preference(votes, variant_of), "tests": preference_tests(votes, variant_of),
+            "notes": notes}
 
 
 def preference(votes, variant_of):
@@ -1290,7 +1297,8 @@ def document(results):
             **dict(metrics[3:]), "n (clips)": f"{r['n']} ({r['clips']})"})
         parts["details"].append({
             "variant": r["name"], "frames": str(r["frames"]),
-            "Fréchet, real from real": number(r["frechet_floor"], ".4f"), "KID x 1000": number(1000 * r["kid"]),
+            "Fréchet, real from real": number(r["frechet_floor"], ".4f"),
+            "KID x 1000": number(1000 * r["kid"]),
             "tracks that Motion Fidelity rests on": f"{r['moving_tracks']:.0f} of {r['tracks']:.0f} "
                                                     f"(fewest {r['fewest_moving']})",
             "samples without any": str(r["still"]), "training s": number(cost["train_seconds"], ".1f"),
@@ -1339,7 +1347,6 @@ def as_markdown(part):
 def as_html(part):
     """A part of the `document` in HTML; what is in parentheses in a table's cell goes to a smaller line."""
     def cells(tag, texts):
-        """The cells of a line of the table; what is in parentheses goes to a smaller line."""
         small = (re.sub(r" (\(.*)", r"<small>\1</small>", html.escape(text)) for text in texts)
         return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in small)}</tr>"
 
@@ -1381,8 +1388,8 @@ def forest_plot(results):
     panels, left, width, height = [], 132, 236, 19 * len(comparisons) + 58            # names are on the left
     for n, m in enumerate([*results["rows"][0]["metrics"], "frechet"]):
         title = METRICS.get(m, f"Fréchet distance ({results['judges']['frechet']}) ↓")
-        marks = {c["name"]: c["frechet"] if m == "frechet" else [c["metrics"][m][key] for key in ("mean", "low", "high")]
-                 for c in comparisons}
+        marks = {c["name"]: c["frechet"] for c in comparisons} if m == "frechet" else {
+            c["name"]: [c["metrics"][m][key] for key in ("mean", "low", "high")] for c in comparisons}
         panels.append(panel(title, marks, left + n % 3 * width, n // 3 * height + 22, names=n % 3 == 0))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 3 * width} '
             f'{height * math.ceil(len(panels) / 3)}" role="img" aria-label="Differences from full">'
@@ -1404,8 +1411,11 @@ def clip_rows(lab, most=12):
     for clip, prompt_index in itertools.product(lab.clips[:most], (*range(lab.settings.prompt_count), -1)):
         shown = {cell.variant.name: once(lab.paths.sample(cell)) for cell in cells
                  if cell.clip is clip and cell.prompt_index == prompt_index}
-        figures = [moving_clip(shown[name]["frames"], name) for name in lab.settings.variants if shown.get(name)]
-        text = f"its own caption: {clip.caption}" if prompt_index < 0 else f"prompt: {clip.prompts[prompt_index]}"
+        figures = [moving_clip(shown[name]["frames"], name)
+                   for name in lab.settings.variants if shown.get(name)]
+        text = f"its own caption: {clip.caption}"
+        if prompt_index >= 0:
+            text = f"prompt: {clip.prompts[prompt_index]}"
         parts += [f"<h3>{html.escape(clip.name)}</h3>"] if prompt_index == 0 else []
         parts += [f'<p class="soft">{html.escape(text)}</p><div class="clips">'
                   f'{moving_clip(clip.frames, "reference")}{"".join(figures)}</div>'] if figures else []
@@ -1459,8 +1469,7 @@ AFTERWARDS = "out", "report", "ballot", "ballot_variants", "votes"        # sett
 class Settings(mini_mi.SharedConfig):
     """Everything that a user can set; the command line is made from it."""
     model: str = option("tiny", "the embedded model (tiny), zeroscope, a hub repository or a model folder")
-    clip_model: str = option(None, "CLIP folder or repository that judges (default: MODEL/clip, else OpenAI's "
-                                   "ViT-B/32)")
+    clip_model: str = option(None, "CLIP folder or repository (default: MODEL/clip, else OpenAI's ViT-B/32)")
     clips: str = option(None, "folder with clips.json: NAME -> caption, motion, prompts (default: rendered "
                               "for the embedded model, else data/clips, of 16 frames)")
     split: str = option("test", "which clips of the embedded world", choices=("test", "validation"))
@@ -1504,7 +1513,8 @@ def parse(argv=None):
     for option_name in ("variants", "ballot_variants"):
         names = getattr(s, option_name).replace(",", " ").split()
         if unknown := [name for name in names if name not in VARIANTS]:
-            raise UserError(f"--{option_name.replace('_', '-')}: {unknown[0]} is none of {', '.join(VARIANTS)}")
+            raise UserError(f"--{option_name.replace('_', '-')}: {unknown[0]} is none of "
+                            f"{', '.join(VARIANTS)}")
         setattr(s, option_name, list(dict.fromkeys(names)))
     # `full`, and what some of them are held against, come along.
     s.variants = list(dict.fromkeys(["full", *s.variants, *(VARIANTS[name].against for name in s.variants)]))
@@ -1519,7 +1529,7 @@ def parse(argv=None):
 
 
 def run(s):
-    """The report, the ballot, the votes; or this rank's share of the grid and the first rank's report of it."""
+    """The report, the ballot or the votes; else this rank's share of the grid, then the first one's report."""
     out, began = Path(s.out), time.perf_counter()
     if s.votes or s.report and not (out / "cells").is_dir():
         if not (out / "results.json").exists():
@@ -1573,8 +1583,8 @@ def signature(s, computed, minutes):
     machine = (torch.cuda.get_device_name(s.device) if s.device.startswith("cuda")
                else f"{os.cpu_count()} CPU cores ({platform.machine()})")
     return {"command": " ".join(["python eval_mi.py", *map(shlex.quote, sys.argv[1:])]),
-            "date": time.strftime("%Y-%m-%d"), "machine": machine, "ranks": int(os.environ.get("WORLD_SIZE", 1)),
-            "computed": computed, "minutes": minutes,
+            "date": time.strftime("%Y-%m-%d"), "machine": machine,
+            "ranks": int(os.environ.get("WORLD_SIZE", 1)), "computed": computed, "minutes": minutes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "scipy": scipy.__version__}}
 
@@ -1582,197 +1592,6 @@ def signature(s, computed, minutes):
 def main(argv=None):
     """Entry point of the command line; returns the exit status."""
     return mini_mi.guarded(lambda: run(parse(argv)))
-
-
-# =========== APPENDIX, THE JUDGES: CLIP and Inception, with the keys of the published weight files ==========
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-class CLIPVisionTransformer(nn.Module):
-    """Patches and a class token through bidirectional layers: pixels (B,3,s,s) -> the class token (B,D)."""
-
-    def __init__(self, config):
-        super().__init__()
-        c = mini_mi.read_config(
-            "CLIP image tower", config, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-            num_attention_heads=12, image_size=224, patch_size=32, layer_norm_eps=1e-5,
-            only={"hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": 3})
-        self.image_size, tokens = c.image_size, (c.image_size // c.patch_size) ** 2 + 1
-        self.embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False),
-            "position_embedding": nn.Embedding(tokens, c.hidden_size)})
-        self.embeddings.class_embedding = nn.Parameter(torch.randn(c.hidden_size) * 0.02)
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)        # sic: the published key
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(mini_mi.CLIPEncoderLayer(c, causal=False)
-                                                              for _ in range(c.num_hidden_layers))})
-        self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
-
-    def forward(self, pixels):
-        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)    # (B, patches, D)
-        first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)
-        x = torch.cat([first, patches], dim=1) + self.embeddings.position_embedding.weight
-        x = self.pre_layrnorm(x)
-        for layer in self.encoder.layers:
-            x = layer(x)
-        return self.post_layernorm(x[:, 0])
-
-
-class CLIPModel(nn.Module):
-    """Pictures and texts as unit vectors in one space; config and keys as in transformers' CLIPModel.
-    Source: Radford et al., arXiv 2103.00020. The text tower and its layers are mini_mi's.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        text, width = config.get("text_config", {}), config.get("projection_dim", 512)
-        self.eos_token_id = text.get("eos_token_id", 49407)
-        self.text_model = mini_mi.CLIPTextModel(text).text_model
-        self.vision_model = CLIPVisionTransformer(config.get("vision_config", {}))
-        self.text_projection, self.visual_projection = (
-            nn.Linear(len(norm.weight), width, bias=False)
-            for norm in (self.text_model.final_layer_norm, self.vision_model.post_layernorm))
-        self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
-
-    def image_features(self, pixels):
-        """pixels (B,3,s,s), normalised by CLIP's mean and std -> (B,D) unit vectors"""
-        return nnf.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
-
-    def text_features(self, ids):
-        """ids (B,L) -> (B,D) unit vectors, read at the end-of-text token"""
-        states = self.text_model(ids)
-        # Files of 2021 and 2022 say eos_token_id = 2, which is wrong for their vocabulary; for these,
-        # transformers takes the largest id, the end-of-text token. Later files name it: its first place.
-        end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
-        return nnf.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
-
-
-def clip_folder(name):
-    """The folder of a CLIP: a path, or what the hub repository `name` (owner/name) holds, fetched once."""
-    return Path(name) if Path(name).is_dir() else mini_mi.fetch(name, "")
-
-
-def load_clip(name, device="cpu"):
-    """A CLIP folder in HF layout, or a hub repository -> (model, tokenizer, preprocess).
-    preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop,
-    CLIP's mean and std. It rounds to 8 bits after resizing, as CLIP's own code for PIL pictures does.
-    """
-    folder = clip_folder(name)
-    model = mini_mi.load_module(CLIPModel, folder, "model", device, torch.float32)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-
-    def preprocess(frames):
-        """frames (F,h,w,3) uint8 -> pixels (F,3,s,s) float32, normalised"""
-        x = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).float()
-        s, (height, width) = model.vision_model.image_size, x.shape[-2:]
-        size = (s, int(s * width / height)) if height <= width else (int(s * height / width), s)
-        if size != (height, width):
-            x = nnf.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
-        top, left = (size[0] - s) // 2, (size[1] - s) // 2
-        return (x[..., top:top + s, left:left + s].round().clamp(0, 255) / 255 - mean) / std
-
-    with mini_mi.built_from(folder):
-        tokenizer = mini_mi.CLIPTokenizer.from_pretrained(folder)
-    return model, tokenizer, preprocess
-
-
-# Inception's modules in order, and their branches; the names are those of the weight file. A branch is a
-# chain of layers CHANNELS:KERNEL; KERNEL/STRIDE has no padding, a KERNEL alone keeps the size, | forks one.
-# A block with the branch _pool pools before it; one without halves the size, its pool is a branch of its own.
-MIXED_5 = "1x1 64:1, 5x5 48:1 64:5, 3x3dbl 64:1 96:3 96:3, _pool {}:1"
-MIXED_6 = ("1x1 192:1, 7x7 {0}:1 {0}:1x7 192:7x1, 7x7dbl {0}:1 {0}:7x1 {0}:1x7 {0}:7x1 192:1x7, "
-           "_pool 192:1")                           # a 7x7 convolution as two of 1x7 and 7x1
-MIXED_7 = "1x1 320:1, 3x3 384:1 384:1x3|384:3x1, 3x3dbl 448:1 384:3 384:1x3|384:3x1, _pool 192:1"
-INCEPTION = {
-    "Conv2d_1a_3x3": "32:3/2", "Conv2d_2a_3x3": "32:3/1", "Conv2d_2b_3x3": "64:3",
-    "Conv2d_3b_1x1": "80:1", "Conv2d_4a_3x3": "192:3/1",
-    "Mixed_5b": MIXED_5.format(32), "Mixed_5c": MIXED_5.format(64), "Mixed_5d": MIXED_5.format(64),
-    "Mixed_6a": "3x3 384:3/2, 3x3dbl 64:1 96:3 96:3/2",
-    **{f"Mixed_6{name}": MIXED_6.format(width) for name, width in zip("bcde", (128, 160, 160, 192))},
-    "Mixed_7a": "3x3 192:1 320:3/2, 7x7x3 192:1 192:1x7 192:7x1 192:3/2",
-    "Mixed_7b": MIXED_7, "Mixed_7c": MIXED_7}
-
-
-def inception_branches(table):
-    """A row of the table -> (branch, its layers as dicts of key -> CHANNELS:KERNEL, two where it forks)"""
-    for name, *layers in (branch.split() for branch in table.split(", ")):
-        ends = [f"_{n}" for n in range(1, len(layers) + 1)] if len(layers) > 1 else [""]
-        yield name, [{f"branch{name}{end}{fork}": part for fork, part in zip(
-            "ab" if "|" in layer else [""], layer.split("|"))} for end, layer in zip(ends, layers)]
-
-
-def inception_conv(c_in, layer):
-    """Convolution, BatchNorm, ReLU."""
-    channels, kernel, stride = re.fullmatch(r"(\d+):(\w+)/?(\d*)", layer).groups()
-    sides = [int(side) for side in kernel.split("x")] * (1 if "x" in kernel else 2)
-    conv = nn.Conv2d(c_in, int(channels), sides, int(stride or 1), bias=False,
-                     padding=0 if stride else [side // 2 for side in sides])
-    named = {"conv": conv, "bn": nn.BatchNorm2d(int(channels), eps=0.001), "relu": nn.ReLU()}
-    return nn.Sequential(collections.OrderedDict(named))
-
-
-class InceptionV3(nn.Module):
-    """The network of FID: x (B,3,h,w) in [0,1] -> pooled features (B,2048).
-
-    Weights: pt_inception-2015-12-05, the FID paper's TensorFlow network ported by pytorch-fid; its keys. Not
-    torchvision's: averages ignore padding, the last block pools by maximum, 1008 classes.
-    """
-
-    URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-           "pt_inception-2015-12-05-6726825d.pth")
-
-    def __init__(self):
-        super().__init__()
-        width = 3
-        for name, table in INCEPTION.items():
-            if name.startswith("Conv2d"):
-                self.add_module(name, inception_conv(width, table))
-                width = self.get_submodule(name).conv.out_channels
-                continue
-            block, widths = nn.ModuleDict(), [] if "_pool" in table else [width]
-            for _, chain in inception_branches(table):
-                c = width
-                for layers in chain:
-                    block.update({key: inception_conv(c, layer) for key, layer in layers.items()})
-                    c = sum(block[key].conv.out_channels for key in layers)
-                widths.append(c)
-            self.add_module(name, block)
-            width = sum(widths)
-        self.fc = nn.Linear(width, 1008)                                # in the file, not in the features
-
-    @classmethod
-    @functools.cache
-    def pretrained(cls, device="cpu"):
-        """The published weights, fetched once and checked against the SHA-256 in their name."""
-        try:
-            tensors = torch.hub.load_state_dict_from_url(cls.URL, map_location="cpu", check_hash=True,
-                                                         weights_only=True)
-        except (OSError, RuntimeError) as e:                       # no network; or another hash
-            raise UserError(f"cannot fetch {cls.URL} ({e}): check the network") from None
-        model = cls()
-        model.load_state_dict(tensors)
-        return model.to(device).eval().requires_grad_(False)
-
-    def forward(self, x):
-        # Part of the definition, no antialiasing included: another resize, another FID (arXiv 2104.11222).
-        x = 2 * nnf.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
-        for name, table in INCEPTION.items():
-            block = self.get_submodule(name)
-            if name.startswith("Conv2d"):
-                x = block(x)
-                x = nnf.max_pool2d(x, 3, 2) if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3") else x
-                continue
-            # The published network does not count the padding in its averages.
-            pooled = (nnf.max_pool2d(x, 3, 2) if "_pool" not in table else nnf.max_pool2d(x, 3, 1, 1)
-                      if name == "Mixed_7c" else nnf.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            out = []
-            for branch, chain in inception_branches(table):
-                out.append(pooled if branch == "_pool" else x)
-                for layers in chain:
-                    out[-1] = torch.cat([block[key](out[-1]) for key in layers], dim=1)
-            x = torch.cat(out if "_pool" in table else [*out, pooled], dim=1)
-        return x.mean(dim=(2, 3))
 
 
 if __name__ == "__main__":

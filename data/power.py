@@ -1,6 +1,6 @@
-"""What could a run of eval_mi.py have found? From the spread of its ablations between clips, trainings and samples.
+"""What could a run of eval_mi.py have found? From the spread between clips, trainings and samples.
 
-    python data/power.py [results.json]         one line a primary test: deviations, and what other runs detect
+    python data/power.py [results.json]       one line a primary test: deviations, and what other runs detect
 
 The published run is the default. A line holds the standard deviation of the paired difference at each level,
 each level's own part, and the smallest true difference that the test finds in four of five runs of that many
@@ -58,8 +58,8 @@ def detectable_with(components, clips, trainings, samples, alpha=0.05):
 
 
 def differences(cells, name, metric):
-    """Cells of a results.json -> the variant's differences from full, (clips, trainings, samples); samples are
-    prompts x seeds. None for one clip, and while cells are missing.
+    """Cells of a results.json -> the variant's differences from full, (clips, trainings, samples); samples
+    are prompts x seeds. None for one clip, and while cells are missing.
     """
     ours, theirs = ({(c["clip"], c["train_seed"], (c["prompt_index"], c["seed"])): c["scores"][metric]
                      for c in cells if c["variant"] == variant} for variant in (name, "full"))

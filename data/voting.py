@@ -1,8 +1,8 @@
-"""The page on which people vote, and the files that it saves. `python eval_mi.py --ballot` and `--votes` use it.
+"""The page on which people vote, and the files that it saves. eval_mi.py --ballot and --votes use it.
 
 A question shows a reference clip, a text, and a candidate of every variant, in an order drawn for each
-participant. Two questions are attention checks. Nothing on the page tells a variant or a check; ballot.json does,
-which stays with whoever counts.
+participant. Two questions are attention checks. Nothing on the page tells a variant or a check; ballot.json
+does, which stays with whoever counts.
 """
 
 import base64
@@ -55,9 +55,9 @@ def attention_checks(questions, run_id):
 def ballot_page(questions, run_id, fps):
     """The page on which people vote -> its text: one file that needs no server and no network.
     questions: the worked example, which ballot.html explains, then the questions and attention checks, which
-    every participant sees in an order of their own. At the end they save votes-ID.csv. Texts reach the page as
-    JSON with no character that could end a script, and are put in as text; the policy in its head lets nothing
-    load but this style, this script and the pictures in the page.
+    every participant sees in an order of their own. At the end they save votes-ID.csv. Texts reach the page
+    as JSON with no character that could end a script, and are put in as text; the policy in its head lets
+    nothing load but this style, this script and the pictures in the page.
     """
     # Sorted by their opaque ids: the order in the page says nothing about variants or checks.
     example, *questions = questions

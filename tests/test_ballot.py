@@ -40,7 +40,7 @@ CHECKS = voting.attention_checks(QUESTIONS, RUN)
 RIGHT = {q.id: right for q, right in CHECKS}
 EVERYTHING = {q.id: q for q in [*QUESTIONS, *(q for q, _ in CHECKS)]}
 EXAMPLE = voting.Question("example", "a clip", QUESTIONS[0].reference,
-                          dict.fromkeys(("still", "same", "right", "other"), QUESTIONS[0].reference), "a clip")
+                          dict.fromkeys(["still", "same", "right", "other"], QUESTIONS[0].reference), "")
 # As ballot.json keeps it.
 BALLOT = {"run": RUN, "variants": VARIANTS,
           "questions": {q.id: {key: VARIANT_OF[key] for key in q.candidates} for q in QUESTIONS},
@@ -499,7 +499,8 @@ def test_two_tabs_do_not_lose_each_others_answers(visit, ballot):
     newest = second.evaluate("localStorage.getItem(memory)")
     for tries in range(2):
         first.keyboard.press(str(1 + tries))
-        assert first.is_visible("#elsewhere") and not first.is_visible("#vote") and not first.is_visible("#end")
+        assert first.is_visible("#elsewhere")
+        assert not first.is_visible("#vote") and not first.is_visible("#end")
         first.keyboard.press("Enter")
     assert second.evaluate("localStorage.getItem(memory)") == newest
     by_key(second, wanted(WISHES["touch"]))
@@ -526,7 +527,8 @@ def test_a_printed_report_shows_a_frame_of_every_clip(browser, tmp_path):
         frames = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
         clips.append(eval_mi.moving_clip(frames, label))
     words = dict.fromkeys(re.findall(r"[$][{](\w+)[}]", page), "")
-    (tmp_path / "report.html").write_text(string.Template(page).substitute(words, clips="".join(clips)), encoding="utf-8")
+    filled = string.Template(page).substitute(words, clips="".join(clips))
+    (tmp_path / "report.html").write_text(filled, encoding="utf-8")
     context = browser.new_context()
     shown = context.new_page()
     shown.goto((tmp_path / "report.html").as_uri())
