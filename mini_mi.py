@@ -2,8 +2,8 @@
 
 Wang et al., *Motion Inversion for Video Customization* (arXiv 2403.20193), reimplemented to be read. A frozen
 text-to-video diffusion model denoises a reference clip; two sets of embeddings inside its temporal attention
-are trained to help it: MQK (which frames look at each other) and MV (what they pass on). Added to the same
-model with another prompt, they make new content move like the reference.
+are trained to help it: MQK (which frames look at each other) and MV (what they pass on). The same model with
+these embeddings and another prompt makes new content that moves like the reference.
 
     python mini_mi.py                            the whole job on the embedded model, on a CPU, too
     python mini_mi.py --no-mqk                   an ablation: the same without MQK (or --no-mv)
@@ -11,18 +11,18 @@ model with another prompt, they make new content move like the reference.
 
 Map. Names are looked up when a function runs, so what the method uses may stand below it:
 
-    THE PAPER         debias, the temporal attention of Eq. 3, the embeddings that it adds
+    THE PAPER         debiasing, the temporal attention of Eq. 3, the embeddings that it adds
     LEARN IT          the loss and the training loop, Eq. 4
     USE IT            DDIM, inversion of the reference, start noise, guided sampling, in and out of latents
     THE HYBRID LOSS   a helper that the authors train beside the embeddings
     THE FROZEN MODEL  UNet, autoencoder, text encoder, tokenizer, held against the published ones in tests/
     PLUMBING          embeddings at other sizes, files, checkpoints, hub, video, pictures
-    COMMAND LINE      the settings, and `run`: load, encode, train, invert, sample, write
+    COMMAND LINE      the settings in layers, and `run`: load, encode, train, invert, sample, write
 
 Letters:  B batch   F frames   C channels   H W latent grid, or what a level of the UNet has of it
           h w pixels   L text tokens   D text width   N any batch axis, such as B*F
           t diffusion step, never a frame   T number of them   c the config of a part; the text in Eq. 4
-          h alone, in THE PAPER, is what temporal attention reads, as in its Eq. 3
+          f what temporal attention reads, in Eq. 3
 """
 
 import argparse
@@ -32,12 +32,14 @@ import functools
 import hashlib
 import html
 import http.client
+import itertools
 import json
 import math
 import os
 import platform
 import re
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -71,23 +73,24 @@ class UserError(ValueError):
 # ============================================================================================================
 #   THE PAPER: Motion Inversion (arXiv 2403.20193), sections 3.2 to 3.4
 #
-#   Temporal attention reads features h of shape (B, H*W, F, C): one sequence of F frames per position. The
+#   Temporal attention reads features f of shape (B, H*W, F, C): one sequence of F frames per position. The
 #   motion of one clip is learned as two tensors, added to what an attention reads:
 #
-#       TA(h) = softmax( Wq(h + m_qk) (Wk(h + m_qk))^T / sqrt(d_k) ) . Wv(h + m_v)                     (Eq. 3)
+#       TA(f) = softmax( Wq(f + m_qk) (Wk(f + m_qk))^T / sqrt(d_k) ) . Wv(f + m_v)                     (Eq. 3)
 #
-#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. Without spatial axes it holds no shape.
+#   MQK  m_qk (1,   F, C)  changes WHICH frames look at each other. It is the same at every position: it can
+#                          say "frame 3 looks at frame 1", not where in the picture, so it holds no shape.
 #   MV   m_v  (H*W, F, C)  changes WHAT is passed from frame to frame, at every position: local motion. For
 #                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
 #                          could hold the clip's looks, too.
 #
 #   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, in LEARN IT), and
 #   looks help it, too. So MV is debiased at inference: what does not change from frame to frame is appearance
-#   and not motion; all frames but the first keep only the change (Eq. 5: `debias`).
+#   and not motion; all frames but the first keep only the change (Eq. 5: `debiased`).
 # ============================================================================================================
 
-def debias(m_v, mode):
-    """Removes static appearance from the Motion Value embedding, (..., F, C) -> (..., F, C).
+def debiased(m_v, mode):
+    """Motion Value embedding without static appearance, (..., F, C) -> (..., F, C).
 
     diff   m_v[0], then m_v[j] - m_v[j-1] for j > 0: the first frame, then changes, as in optical flow (Eq. 5)
     mean   m_v - mean over frames: the paper's alternative "normalize"
@@ -117,23 +120,24 @@ class TemporalTransformerBlock(nn.Module):
 
     def forward(self, x, grid, motion=None):
         for norm, attention, which in (self.norm1, self.attn1, "attn1"), (self.norm2, self.attn2, "attn2"):
-            h = h_qk = h_v = norm(x)
-            if motion is not None and self.name in motion.grids:               # grids: (H, W) by block
-                m_qk, m_v = motion.for_attention(self.name, which, h.shape[2], grid, h.dtype)
-                h_qk = h + m_qk                                                        # MQK          (Eq. 3)
-                h_v = h + m_v                                                          # MV           (Eq. 3)
-            x = x + attention(h_qk, h_qk, h_v)             # queries, keys and values are made of these three
+            f = norm(x)
+            m_qk, m_v = motion.at(self.name, which, grid, f) if motion is not None else (0, 0)
+            x = x + attention(f + m_qk, f + m_qk, f + m_v)      # makes queries, keys, values of them (Eq. 3)
         return x + self.ff(self.norm3(x))
 
 
 class MotionEmbeddings(nn.Module):
-    """The motion of one clip: a mapping from the authors' keys to parameters. Passed to the UNet as `motion`.
+    """The motion of one clip. Passed to the UNet as `motion`; its state_dict has the authors' keys:
 
         BLOCK.pos_embed                             MQK of a temporal block, (1, F, C)
         BLOCK.attn1.vSpatial, BLOCK.attn2.vSpatial  MV of its two attentions, (H*W, F, C)
 
-    unet_config      dict, the UNet's config.json
-    frames           F of the clip; None in a file of the authors: of its 32 slots the first F count
+    For ZeroScope, 24 frames of 576x320: five blocks, down_blocks.2.temp_attentions.{0,1} and up_blocks.1.
+    temp_attentions.{0,1,2}, each with an MQK of (1, 24, 1280) and two MV of (180, 24, 1280), 10x18 = 180:
+    55,449,600 numbers in all.
+
+    unet             the frozen UNet, asked for its temporal blocks; None: `read_motion` adds what it reads
+    frames           F of the clip
     height, width    H, W of the clip's latents
     levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has
                      attention, which for ZeroScope is the authors' choice (width 1280 on the way down and up)
@@ -146,60 +150,61 @@ class MotionEmbeddings(nn.Module):
 
     SETTINGS = ("use_mqk", "use_mv", "mqk_dims", "mv_dims", "debias", "debias_in_training", "t_min")
 
-    def __init__(self, unet_config, frames, height, width, *, levels=None, use_mqk=True, use_mv=True,
+    def __init__(self, unet, frames, height=None, width=None, *, levels=None, use_mqk=True, use_mv=True,
                  mqk_dims=1, mv_dims=2, debias="diff", debias_in_training=False, t_min=0.0):
         super().__init__()
         self.use_mqk, self.use_mv, self.mqk_dims, self.mv_dims = use_mqk, use_mv, mqk_dims, mv_dims
-        self.debias, self.debias_in_training = debias, debias_in_training
-        self.t_min, self.frames = t_min, frames
-        if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2} or not 0 <= t_min < 1:
-            raise UserError(f"debias = {debias!r}: diff, mean or none; dims: 1 or 2; t_min {t_min}: 0 to 1")
+        self.debias, self.debias_in_training, self.t_min = debias, debias_in_training, t_min
+        self.frames = frames         # None: a file of the authors with all slots in use, see `read_motion`
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
         self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
-        if unet_config is None:
-            return                                                                # `read_motion` fills it
+        if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2} or not 0 <= t_min < 1:
+            raise UserError(f"debias = {debias!r}: diff, mean or none; dims: 1 or 2; t_min {t_min}: 0 to 1")
+        if unet is None:
+            return
         if not (use_mqk or use_mv):
             raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
-        with torch.device("meta"):                   # a UNet without memory for weights, asked for its blocks
-            sites = UNet3DConditionModel(unet_config).motion_sites
-        levels = [max(sites)] if levels is None else sorted(levels)
-        if not levels or not set(levels) <= set(sites):
-            raise UserError(f"levels {levels} cannot all take embeddings, only {sorted(sites)} can here")
-        for level, block, channels in ((i, *site) for i in levels for site in sites[i].items()):
-            # Every downsampling is a convolution of stride 2 and padding 1, which rounds odd sizes up.
-            grid = self.grids[block] = (-(-height // 2 ** level), -(-width // 2 ** level))
+        levels = [max(unet.motion_sites)] if levels is None else sorted(levels)
+        if not levels or not set(levels) <= set(unet.motion_sites):
+            raise UserError(f"levels {levels}: embeddings can only go to some of {sorted(unet.motion_sites)}")
+        for level in levels:
+            grid = level_grid(height, width, level)
             positions = {1: 1, 2: math.prod(grid)}
-            if use_mqk:
-                self[f"{block}.pos_embed"] = torch.zeros(positions[mqk_dims], frames, channels)
-            for which in ("attn1", "attn2") if use_mv else ():
-                self[f"{block}.{which}.vSpatial"] = torch.zeros(positions[mv_dims], frames, channels)
+            for block, channels in unet.motion_sites[level].items():
+                self.grids[block] = grid
+                if use_mqk:
+                    self.add(f"{block}.pos_embed", torch.zeros(positions[mqk_dims], frames, channels))
+                if use_mv:
+                    self.add(f"{block}.attn1.vSpatial", torch.zeros(positions[mv_dims], frames, channels))
+                    self.add(f"{block}.attn2.vSpatial", torch.zeros(positions[mv_dims], frames, channels))
 
-    def __getitem__(self, key):
-        return self._parameters[key]
+    def add(self, key, value):
+        """A parameter of this key, in submodules by the parts of its name, as torch names parameters."""
+        *folders, name = key.split(".")
+        module = self
+        for folder in folders:
+            if folder not in module._modules:
+                module.add_module(folder, nn.Module())
+            module = module.get_submodule(folder)
+        module.register_parameter(name, nn.Parameter(value))
 
-    def __setitem__(self, key, value):
-        # torch's register_parameter refuses names with dots; the table behind it takes them.
-        self._parameters[key] = nn.Parameter(value)
+    def at(self, block, which, grid, f):
+        """m_qk, m_v for one attention of a block that reads f (B, H*W, F, C); 0 for a part that is not there.
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
-        """nn.Module's, but for its check of names, which takes a dot for a submodule."""
-        if strict and (other := sorted(state_dict.keys() ^ self._parameters.keys())):
-            raise UserError(f"these are other embeddings: {', '.join(other[:2])}")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-    def for_attention(self, block, which, frames, grid, dtype=torch.float32):
-        """m_qk, m_v, each (1 or H*W, F, C), for one attention of a block; 0 if the part is absent or off."""
-        m_qk = m_v = 0
-        sizes = (self.frames is None, self.grids[block], frames, grid)
-        if self.use_mqk and f"{block}.pos_embed" in self._parameters:
-            m_qk = resized(self[f"{block}.pos_embed"], *sizes).to(dtype)
-        if self.use_mv and f"{block}.{which}.vSpatial" in self._parameters:
-            m_v = resized(self[f"{block}.{which}.vSpatial"], *sizes)
-            # Last, since differences of neighbouring frames mean something only on the frames that are used.
-            if self.debias_in_training or not self.training:
-                m_v = debias(m_v, self.debias)                                                       # (Eq. 5)
-            m_v = m_v.to(dtype)
-        return m_qk, m_v
+        Each is (1 or H*W, F, C), brought to the frames, the grid (H, W) and the number format that f has.
+        """
+        if block not in self.grids:
+            return 0, 0
+        parts, sizes = dict(self.named_parameters()), (self.frames, self.grids[block], f.shape[2], grid)
+        m_qk, m_v = parts.get(f"{block}.pos_embed"), parts.get(f"{block}.{which}.vSpatial")
+        m_qk = resized(m_qk, *sizes).to(f.dtype) if self.use_mqk and m_qk is not None else 0
+        if not self.use_mv or m_v is None:
+            return m_qk, 0
+        m_v = resized(m_v, *sizes)
+        # Debias after resizing: it takes differences of the frames that are used.
+        if self.debias_in_training or not self.training:
+            m_v = debiased(m_v, self.debias)                                                         # (Eq. 5)
+        return m_qk, m_v.to(f.dtype)
 
     def save(self, path):
         """Writes safetensors; settings, grids and source are its metadata."""
@@ -221,7 +226,7 @@ def motion_loss(kind, prediction, target, anchor):
 
     mse       || eps - eps_theta ||^2, averaged; v for eps if the model predicts v, as data/tiny does  (Eq. 4)
     debiased  the same, plus the same on  alpha * eps - beta * eps[anchor],  alpha = sqrt(2), beta = 1: what a
-              frame has in common with the anchor counts less (MotionDirector, arXiv 2310.08465; not `debias`)
+              frame has in common with the anchor counts less (MotionDirector, arXiv 2310.08465; not Eq. 5)
     hybrid    debiased, while a `SpatialLoRA` holds the looks of single frames: MotionDirector's whole loss,
               with which the paper's numbers were made
     """
@@ -235,71 +240,68 @@ def motion_loss(kind, prediction, target, anchor):
 
 
 def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="constant", batch=1, seed=0,
-                 loss="mse", state=None, state_every=25, on_step=None, checkpointing=False, progress=True,
-                 **settings):
+                 loss="mse", checkpointing=False, on_step=None, progress=True, **settings):
     """Learns the motion of one clip: latents (1,C,F,H,W), text (1,L,D) -> MotionEmbeddings, in eval mode.
 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
-    The defaults are those of the paper's text, MODEL_DEFAULTS has data/tiny's. Every step sees the clip at
-    `batch` noise levels. The UNet stays in eval mode; the authors' has dropout. The result has `losses`.
+    The defaults are those of the paper's text. Every step sees the clip at `batch` noise levels. The UNet
+    stays in eval mode; the authors' has dropout. The result has `losses`, one number per step.
 
     lr_schedule    constant: the paper's; cosine: falls to zero, so that less noise of single steps remains
-    state          file that keeps the training every `state_every` steps; an interrupted call goes on from it
-    on_step        called as on_step(step, motion) after every step, from 1; motion is in eval mode
     checkpointing  recompute activations in backward: slower, much less memory
+    on_step        called as on_step(step, motion) after every step, from 1; motion is in eval mode
     settings       of MotionEmbeddings
     """
-    _, _, frames, height, width = latents.shape
     unet, scheduler, T = models.unet, models.scheduler, models.scheduler.T
+    frames, height, width = latents.shape[2:]
     generator = torch.Generator().manual_seed(seed)
-    motion = MotionEmbeddings(unet.config, frames, height, width, **settings).to(models.device)
-    # AdamW's default decay, which the authors leave active: a step multiplies embeddings by 1 - lr/100.
+
+    unet.requires_grad_(False)                                        # the model is frozen,
+    motion = MotionEmbeddings(unet, frames, height, width, **settings).to(models.device)
+    # and the embeddings alone learn. AdamW's default decay, which the authors leave active: a step
+    # multiplies them by 1 - lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(lr_schedule, steps))
     # Gradients in float16 vanish below 6e-8: the scaler multiplies the loss and divides what comes out.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
-    if lr_schedule not in ("constant", "cosine"):
-        raise UserError(f"lr_schedule = {lr_schedule!r} is not known; it takes constant or cosine")
-    x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
+    # The hybrid loss alone has a helper; it holds the clip's looks while the embeddings learn.
     lora = SpatialLoRA(unet, generator) if loss == "hybrid" else None
-    parts = dict(motion=motion, optimizer=optimizer, scaler=scaler,                   # what can be resumed
-                 **(dict(lora=lora, lora_optimizer=lora.optimizer) if lora else {}))
-    try:
-        losses = load_state(state, parts, generator, steps) if state and Path(state).exists() else []
-        unet.checkpointing = checkpointing
-        bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), unit="step",
-                   disable=not progress)
+    x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
+
+    losses, bar = [], tqdm(range(1, steps + 1), "training", unit="step", disable=not progress)
+    with lora or contextlib.nullcontext():
         for step in bar:
             t = torch.randint(math.ceil(motion.t_min * T), T, (batch,), generator=generator)
             noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
             # Drawn for mse, too: it and debiased see the same steps and noise (hybrid's LoRA draws more).
             anchor = torch.randint(frames, (), generator=generator).item()
             x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
-            if lr_schedule == "cosine":
-                optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-            motion.train()
             if lora:
-                lora.step(models, x_t, t, text, target, scaler, generator)
-            error = motion_loss(loss, predict(models, x_t, t, text, motion), target, anchor)
+                lora.learn(models, x_t, t, text, target, scaler, generator)
+            prediction = predict(models, x_t, t, text, motion.train(), checkpointing)
+            error = motion_loss(loss, prediction, target, anchor)
             if not error.isfinite():
-                raise UserError(f"a loss is not finite at step {step + 1}: lower --lr ({lr}) or use float32")
+                raise UserError(f"a loss is not finite at step {step}: lower --lr ({lr}) or use float32")
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(error).backward()
             scaler.step(optimizer)
             scaler.update()
+            schedule.step()
 
             losses.append(error.item())
             bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}")
-            if state and ((step + 1) % state_every == 0 or step + 1 == steps):
-                state = save_state(state, parts, generator, losses)
             if on_step:
-                on_step(step + 1, motion.eval())
-    finally:                                              # the model is lent, and given back as it should be
-        unet.checkpointing = False
-        if lora:
-            lora.switch(on=False)
+                on_step(step, motion.eval())
     motion.losses = torch.tensor(losses)
     return motion.eval()
+
+
+def learning_rate(schedule, steps):
+    """The share of the learning rate that a training of `steps` steps takes, as a function of the step."""
+    if schedule not in ("constant", "cosine"):
+        raise UserError(f"lr_schedule = {schedule!r} is not known; it takes constant or cosine")
+    return lambda step: 1.0 if schedule == "constant" else 0.5 + 0.5 * math.cos(math.pi * step / steps)
 
 
 # ============================================================================================================
@@ -315,13 +317,15 @@ class DDIMScheduler:
     """
 
     def __init__(self, config):
-        if (kind := config.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
+        config, sampler = dict(config), config.get("_class_name", "DDIMScheduler")
+        config.setdefault("clip_sample", True)                        # DDIMScheduler's own default
+        if sampler != "DDIMScheduler":
             if "beta_start" not in config:
-                raise UserError(f"scheduler config: {kind} has no noise schedule of betas")
-            config = {**config, "clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
+                raise UserError(f"scheduler config: {sampler} has no noise schedule of betas")
+            config.update(clip_sample=False, thresholding=False, timestep_spacing="leading")
         c = read_config(
-            "scheduler", {"clip_sample": True, **config}, num_train_timesteps=1000, beta_start=0.0001,
-            beta_end=0.02, set_alpha_to_one=True, steps_offset=0,
+            "scheduler", config, num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02,
+            set_alpha_to_one=True, steps_offset=0,
             only=dict(beta_schedule=("linear", "scaled_linear"), prediction_type=("epsilon", "v_prediction"),
                       clip_sample=False, trained_betas=None, thresholding=False, timestep_spacing="leading",
                       rescale_betas_zero_snr=False))
@@ -338,19 +342,19 @@ class DDIMScheduler:
         abar = torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
         return abar.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
-    def timesteps(self, n, t_min=0.0):
+    def timesteps(self, n):
         """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step.
 
-        UserError: they do not fit, or none of them is at t >= t_min * T, where the embeddings act.
+        UserError: they do not fit into the schedule.
         """
         # T//n rounds down: 600 steps of 1000 would start from pure noise, but as if it were that of t = 599.
-        fits = 1 <= n <= self.T and n * (self.T // n) >= 0.75 * self.T
-        if not fits or (first := (n - 1) * (self.T // n) + self.offset) >= self.T:
+        if not 1 <= n <= self.T or n * (self.T // n) < 0.75 * self.T or self.first(n) >= self.T:
             raise UserError(f"{n} DDIM steps do not fit into {self.T} timesteps; take another number")
-        if first < t_min * self.T:
-            raise UserError(f"--t-min {t_min}: the first of {n} DDIM steps is {first} of {self.T}, so the "
-                            "embeddings would never act; lower it, or take more --sample-steps")
         return torch.arange(n).flip(0) * (self.T // n) + self.offset
+
+    def first(self, n):
+        """The first, noisiest, of n steps of sampling."""
+        return (n - 1) * (self.T // n) + self.offset
 
     def add_noise(self, x0, noise, t):
         """x_t from x_0."""
@@ -411,7 +415,7 @@ def sample(models, noise, text, negative, steps=30, guidance=12.0, motion=None, 
     scheduler, x, guided = models.scheduler, noise, guidance > 1
     texts = torch.cat([negative, text]) if guided else text
     for t in tqdm(scheduler.timesteps(steps), "sampling", unit="step", disable=not progress):
-        # Where things go is decided while there is much noise; later embeddings cost more than they bring.
+        # What moves where is decided while there is much noise; below t_min the embeddings do not act.
         acting = motion if motion is not None and t >= motion.t_min * scheduler.T else None
         out = predict(models, torch.cat([x, x]) if guided else x, t, texts, acting)
         if guided:
@@ -449,12 +453,13 @@ def decode_video(models, latents):
 # ============================================================================================================
 
 class SpatialLoRA(nn.Module):
-    """The helper of the hybrid loss: W + B A for the weight W of all linear layers of spatial transformers.
+    """The helper of the hybrid loss: weight + up @ down for all linear layers of spatial transformers.
 
     In 4 of 5 training steps it first learns from one random frame of the clip, seen as a clip of one frame,
     and stays on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
-    need not hold. It is thrown away afterwards. For W (n, m), A (rank, m) starts normal with deviation
-    1 / rank and B (n, rank) at zero. Source: MotionDirector (arXiv 2310.08465), its rank and learning rate.
+    need not hold. It is thrown away afterwards: a `with` block switches it off at its end. For a weight
+    (c_out, c_in), down (rank, c_in) starts normal with deviation 1 / rank and up (c_out, rank) at zero.
+    Source: MotionDirector (arXiv 2310.08465), its rank and learning rate.
     """
 
     def __init__(self, unet, generator, rank=32, lr=5e-4):
@@ -462,18 +467,24 @@ class SpatialLoRA(nn.Module):
         transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
         self.layers = [layer for m in transformers for layer in m.modules() if isinstance(layer, nn.Linear)]
         self.frozen = [layer.weight for layer in self.layers]
-        self.a = nn.ParameterList(torch.randn(rank, w.shape[1], generator=generator) / rank
-                                  for w in self.frozen)
-        self.b = nn.ParameterList(torch.zeros(w.shape[0], rank) for w in self.frozen)
+        self.down = nn.ParameterList(torch.randn(rank, weight.shape[1], generator=generator) / rank
+                                     for weight in self.frozen)
+        self.up = nn.ParameterList(torch.zeros(weight.shape[0], rank) for weight in self.frozen)
         self.to(unet.conv_in.weight.device)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
 
-    def switch(self, on):
-        """Lends W + B A to the layers as their weight, or gives W back: the very tensor that was there."""
-        for layer, w, a, b in zip(self.layers, self.frozen, self.a, self.b):
-            layer._parameters["weight"] = w + (b @ a).to(w.dtype) if on else w
+    def __enter__(self):
+        return self
 
-    def step(self, models, x_t, t, text, target, scaler, generator):
+    def __exit__(self, *_):
+        self.switch(on=False)
+
+    def switch(self, on):
+        """Lends the sum to the layers as their weight, or gives theirs back, the very tensor."""
+        for layer, weight, up, down in zip(self.layers, self.frozen, self.up, self.down):
+            layer._parameters["weight"] = weight + (up @ down).to(weight.dtype) if on else weight
+
+    def learn(self, models, x_t, t, text, target, scaler, generator):
         """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else is off."""
         on = torch.rand((), generator=generator).item() < 0.8
         frame = torch.randint(x_t.shape[2], (), generator=generator).item()
@@ -493,13 +504,19 @@ class SpatialLoRA(nn.Module):
 
 # ---- UNet: predicts the noise (or v) in a noisy video (Wang et al., ModelScope, arXiv 2308.06571)
 
-def predict(models, x, t, text, motion=None):
+# The kinds of levels, by the names that config.json has for them: with transformers, and convolutions alone.
+WITH_ATTENTION, PLAIN = "CrossAttnDownBlock3D", "DownBlock3D"
+
+
+def predict(models, x, t, text, motion=None, checkpointing=False):
     """The UNet's answer in float32, whatever the format of its weights."""
-    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion).float()
+    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion, checkpointing).float()
 
 
 class UNet3DConditionModel(nn.Module):
     """x (B,C,F,H,W), t (int, 0-d or (B,)), text (B,L,D), motion (MotionEmbeddings or None) -> (B,C,F,H,W).
+
+    checkpointing: backward computes each layer once more instead of finding its activations in memory.
 
     ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; in `up` each layer reads
     what comes from below beside the skip that is on top of the stack. * is where the method puts its
@@ -522,20 +539,20 @@ class UNet3DConditionModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        kinds = ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",), ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3
-        c = self.settings = read_config(
-            "UNet", config, in_channels=4, out_channels=4, down_block_types=kinds[0], up_block_types=kinds[1],
-            block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, norm_num_groups=32, norm_eps=1e-5,
-            cross_attention_dim=1024, attention_head_dim=64,
+        downs = [WITH_ATTENTION] * 3 + [PLAIN]
+        c = read_config(
+            "UNet", config, in_channels=4, out_channels=4, down_block_types=tuple(downs),
+            up_block_types=tuple(mirrored(downs)), block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2, norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1024,
+            attention_head_dim=64,
             only=dict(downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", num_attention_heads=None,
                       time_cond_proj_dim=None))
-        widths, n = c.block_out_channels, len(c.block_out_channels)
-        downs, ups = list(c.down_block_types), list(c.up_block_types)
-        attention = [kind == "CrossAttnDownBlock3D" for kind in downs]
-        if (not set(downs) <= set(kinds[0]) or not any(attention) or len(downs) != n
-                or ups != [kind.replace("Down", "Up") for kind in reversed(downs)]):
+        widths, downs, n = c.block_out_channels, list(c.down_block_types), len(c.block_out_channels)
+        if (not {WITH_ATTENTION} <= set(downs) <= {WITH_ATTENTION, PLAIN} or len(downs) != n
+                or list(c.up_block_types) != mirrored(downs)):
             raise UserError(f"UNet config: down_block_types {downs} and their mirror up_block_types should "
-                            f"be of {kinds[0][2:]}, one with attention, as many as block_out_channels")
+                            f"be of {WITH_ATTENTION} and {PLAIN}, one with attention, as many as "
+                            "block_out_channels")
 
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0])
@@ -543,42 +560,43 @@ class UNet3DConditionModel(nn.Module):
         self.transformer_in = TransformerTemporalModel(widths[0], 8, c)
         skips = [widths[0]]                             # widths of the skips, pushed and popped as in forward
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
-            rows = level_rows(before, width, c.layers_per_block)
-            self.down_blocks.append(UNetBlock3D(rows, c, len(rows) * attention[i], downsample=i < n - 1))
-            skips += [width] * (c.layers_per_block + (i < n - 1))
+        for level, (before, width) in enumerate(zip([widths[0], *widths], widths)):
+            rows, last = level_rows(before, width, c.layers_per_block), level == n - 1
+            transformers = len(rows) if downs[level] == WITH_ATTENTION else 0
+            self.down_blocks.append(UNetBlock3D(rows, c, transformers, downsample=not last))
+            skips += [width] * len(rows) + [width] * (not last)
         self.mid_block = UNetBlock3D(level_rows(widths[-1], widths[-1], 2), c, transformers=1)
-        for i, before in zip(reversed(range(n)), [widths[-1], *reversed(widths)]):
-            rows = [(c_in + skips.pop(), c_out)                     # a skip is concatenated to what comes in
-                    for c_in, c_out in level_rows(before, widths[i], c.layers_per_block + 1)]
-            self.up_blocks.append(UNetBlock3D(rows, c, len(rows) * attention[i], upsample=i > 0))
+        for level, before in zip(reversed(range(n)), [widths[-1], *reversed(widths)]):
+            rows = []
+            for c_in, c_out in level_rows(before, widths[level], c.layers_per_block + 1):
+                rows.append((c_in + skips.pop(), c_out))            # a skip is concatenated to what comes in
+            transformers = len(rows) if downs[level] == WITH_ATTENTION else 0
+            self.up_blocks.append(UNetBlock3D(rows, c, transformers, upsample=level > 0))
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
-        self.checkpointing = False                         # True: recompute layers in backward to save memory
 
         # level -> {temporal block: its C}, down and up; the authors put nothing into the middle block and
         # transformer_in
-        self.motion_sites = {i: {} for i in range(n) if attention[i]}
+        self.motion_sites = {level: {} for level in range(n) if downs[level] == WITH_ATTENTION}
         for name, module in self.named_modules():
             if isinstance(module, TemporalTransformerBlock):
-                module.name, (side, number, *_) = name, name.split(".")
+                module.name = name
+                side, number = name.split(".")[:2]
                 if side in ("down_blocks", "up_blocks"):
                     level = int(number) if side == "down_blocks" else n - 1 - int(number)
                     self.motion_sites[level][name] = module.norm1.weight.shape[0]
 
-    def forward(self, x, t, text, motion=None):
+    def forward(self, x, t, text, motion=None, checkpointing=False):
         if motion is not None:
             check_fits(motion, self)
         batch, _, frames, _, _ = x.shape
-        emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                  # (B, E)
+        emb = self.time_embedding(torch.as_tensor(t, device=x.device).expand(batch))                 # (B, 4C)
 
         # contiguous: latents may lie in memory in another order; every layer would inherit it and be slower.
         hidden = self.conv_in(x.transpose(1, 2).flatten(0, 1).contiguous())                   # (B*F, C, H, W)
         hidden = self.transformer_in(hidden, frames)
-        # Checkpointing: backward computes a layer once more instead of finding its activations in memory.
         recompute = functools.partial(checkpoint, use_reentrant=False)
-        save_memory = self.checkpointing and torch.is_grad_enabled()
-        run_layer = recompute if save_memory else lambda layer, *args: layer(*args)
+        run_layer = recompute if checkpointing else lambda layer, *args: layer(*args)
         rest = emb, text, frames, motion
         skips = [hidden]
         for block in self.down_blocks:
@@ -597,6 +615,16 @@ class UNet3DConditionModel(nn.Module):
                 hidden = double(hidden, size=skips[-1].shape[-2:])
         out = self.conv_out(nnf.silu(self.conv_norm_out(hidden)))
         return out.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+def mirrored(downs):
+    """The kinds of the levels on the way up, for those on the way down."""
+    return [kind.replace("Down", "Up") for kind in reversed(downs)]
+
+
+def level_grid(height, width, level):
+    """(H, W) of a UNet level, 0 is the finest: every halving is a convolution that rounds odd sizes up."""
+    return math.ceil(height / 2 ** level), math.ceil(width / 2 ** level)
 
 
 def level_rows(before, width, n):
@@ -793,7 +821,10 @@ class SpatialTransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. q_in (..., L, C), k_in and v_in (..., L', D) -> (..., L, C); three, for Eq. 3."""
+    """Multi-head attention: three inputs, for Eq. 3, to one output of the first one's shape.
+
+    q_in (..., queries, C); k_in and v_in (..., keys, C), or of the text's width D in place of C.
+    """
 
     def __init__(self, width, heads, head_dim, context_width=None, bias=False):
         super().__init__()
@@ -806,7 +837,7 @@ class Attention(nn.Module):
         # The fused kernels take one batch axis, so (B, H*W, F, C) is B*H*W sequences to them.
         q, k, v = (f(x).flatten(0, -3).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for f, x in ((self.to_q, q_in), (self.to_k, k_in), (self.to_v, v_in)))
-        # softmax(q k^T / sqrt(head_dim)) v: (N, heads, L, head_dim)
+        # softmax(q k^T / sqrt(head_dim)) v: (N, heads, queries, head_dim)
         x = nnf.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](x.transpose(1, 2).flatten(2)).unflatten(0, q_in.shape[:-2])
 
@@ -1116,19 +1147,18 @@ class CLIPTokenizer:
 #   PLUMBING: embeddings at other sizes, files, checkpoints, hub, video, pictures
 # ============================================================================================================
 
-# ---- Motions at other sizes and in files; interrupted trainings
+# ---- Motions at other sizes and in files
 
-def resized(m, slots, trained_grid, frames, grid):
+def resized(m, trained_frames, trained_grid, frames, grid):
     """An embedding (1 or H*W, F, C) for another number of frames or grid (H, W) than it was trained on.
 
-    slots: the first frames count, as in the authors' files of 32 slots; else time is stretched.
-    trained_grid: (H, W), or None where the file did not say.
+    trained_frames, trained_grid: F and (H, W); None where a file of the authors did not say.
     """
-    if slots:
+    if trained_frames is None:                                   # their code takes the first slots of a file
         if frames > m.shape[1]:
             raise UserError(f"the motion file has slots for {m.shape[1]} frames, not for {frames}")
         m = m[:, :frames]
-    elif frames != m.shape[1]:
+    elif frames != trained_frames:
         # align_corners: first and last frame stay what they are, and a steady drift stays steady.
         m = nnf.interpolate(m.transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
     if len(m) == 1 or trained_grid == tuple(grid):
@@ -1143,27 +1173,30 @@ def resized(m, slots, trained_grid, frames, grid):
 
 def block_of(key):
     """BLOCK.pos_embed, BLOCK.attn1.vSpatial or BLOCK.attn2.vSpatial -> BLOCK; UserError: another key."""
-    if not (found := re.fullmatch(r"(.+)\.(pos_embed|attn[12]\.vSpatial)", key)):
+    found = re.fullmatch(r"(.+)\.(pos_embed|attn[12]\.vSpatial)", key)
+    if not found:
         raise UserError("not a motion file: its keys must end in pos_embed or vSpatial")
     return found[1]
 
 
-def check_fits(motion, unet, frames=None, grid=None):
-    """UserError if embeddings are of another UNet, or cannot be brought to F and latents (H, W), if given."""
+def check_fits(motion, unet, frames=None, height=None, width=None):
+    """UserError if embeddings are of another UNet or, if given, cannot be brought to F and latents (H, W)."""
     widths = {block: width for sites in unet.motion_sites.values() for block, width in sites.items()}
-    for key, value in motion.named_parameters():
-        have, wanted = value.shape[-1], widths.get(block_of(key), "no place")
-        if have != wanted:
-            raise UserError("these motion embeddings do not fit the model, use the one they were made "
-                            f"with: {block_of(key)} has width {have} in the file, {wanted} in the model")
-    for level, sites in unet.motion_sites.items() if grid else ():
-        for block in sites.keys() & motion.grids.keys():
-            motion.for_attention(block, "attn1", frames, tuple(-(-side // 2 ** level) for side in grid))
+    for key, m in motion.named_parameters():
+        wanted = widths.get(block_of(key), "no place")
+        if m.shape[-1] != wanted:
+            raise UserError("these motion embeddings do not fit the model, use the one they were made with: "
+                            f"{block_of(key)} has width {m.shape[-1]} in the file, {wanted} in the model")
+    for level, sites in unet.motion_sites.items() if frames else ():
+        grid = level_grid(height, width, level)
+        for block in sites:
+            motion.at(block, "attn1", grid, torch.empty(1, math.prod(grid), frames, 1))
 
 
 def read_motion(path):
     """A motion file -> MotionEmbeddings in eval mode: safetensors by `save`, or the authors' motion_embed.pt.
 
+    In the authors' files the slots beyond the trained frames are zero, so the last one in use tells F.
     UserError: other tensors, values that are not finite, settings that cannot be.
     """
     ours = Path(path).suffix == ".safetensors"
@@ -1172,12 +1205,16 @@ def read_motion(path):
         if not tensors:
             raise UserError("not a motion file: it is empty")
         about = json.loads(metadata.get("mini_mi", "{}"))                            # the authors say nothing
+        frames = about.get("frames")
+        if not about or about.get("fixed_slots"):             # the first edition marked what the authors made
+            used = torch.cat([m.float().abs().amax((0, 2)).nonzero().flatten() for m in tensors.values()])
+            slots = max(m.shape[1] for m in tensors.values())
+            frames = int(used.max()) + 1 if len(used) and used.max() + 1 < slots else None
+            tensors = {key: m[:, :frames] for key, m in tensors.items()}
         settings = dict(use_mqk=any(key.endswith("pos_embed") for key in tensors),
                         use_mv=any(key.endswith("vSpatial") for key in tensors))
         settings |= {name: about[name] for name in MotionEmbeddings.SETTINGS if name in about}
-        # In files of the first edition "fixed_slots" marks what came from a file of the authors.
-        frames = None if about.get("fixed_slots") else about.get("frames")
-        motion = MotionEmbeddings(None, frames, None, None, **settings)
+        motion = MotionEmbeddings(None, frames, **settings)
         motion.source = dict(about.get("source", {}))
         for key, m in tensors.items():
             grid = about.get("grids", {}).get(block_of(key))
@@ -1188,40 +1225,8 @@ def read_motion(path):
                                 f"{frames or 'any number of'} frames on the grid {grid}")
             if not m.isfinite().all():
                 raise UserError(f"{key} has values that are not finite; train the motion again")
-            motion[key] = m.float()
+            motion.add(key, m.float())
         return motion.eval()
-
-
-def save_state(path, parts, generator, losses):
-    """Writes a training's state; returns path, or None after a line that says why there is none."""
-    saved = {name: part.state_dict() for name, part in parts.items()}
-    try:
-        with atomic_write(path) as temporary:
-            torch.save(dict(saved, generator=generator.get_state(), losses=losses), temporary)
-    except (UserError, RuntimeError) as error:     # RuntimeError: torch's word for a disk that became full
-        tqdm.write("the training goes on, but an interruption will cost what it does from here: its state "
-                   f"cannot be kept ({one_line(error)})")
-        return None
-    return path
-
-
-def load_state(path, parts, generator, steps):
-    """Puts a saved training of at most `steps` into `parts`, in place; returns its losses, else UserError."""
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        if saved.keys() != {*parts, "generator", "losses"}:
-            raise ValueError("it is of another kind of training")
-        if len(saved["losses"]) > steps:
-            raise ValueError(f"it is {len(saved['losses'])} steps far, more than the {steps} asked for")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        generator.set_state(saved["generator"])
-        return saved["losses"]
-    except Exception as error:                       # torch.load raises a dozen kinds for a damaged file
-        if is_lack_of_memory(error):
-            raise
-        raise UserError(f"the training state {path} cannot be used ({one_line(error)}); "
-                        "delete it to start over") from None
 
 
 # ---- Files: written beside their place and renamed; configs and tensors are read without trusting the file
@@ -1937,130 +1942,156 @@ def loss_curve(losses):
 
 
 # ============================================================================================================
-#   COMMAND LINE: the settings, and `run`, the main job
+#   COMMAND LINE: the settings in their layers, and `run`, the main job
 # ============================================================================================================
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CLIP = "pendulum_2"         # of data/clips, the one that inverted noise alone (`base`) follows least
-# What a model was trained for; options that are not given take these. The second ones are the paper's.
-MODEL_DEFAULTS = {
-    "tiny": dict(frames=16, size="64x64", fps=10, steps=300, lr=0.2, lr_schedule="cosine", batch=1,
-                 loss="mse", t_min=0.4, sample_steps=25, guidance=1.5),
-    "other": dict(frames=24, size="576x320", fps=8, steps=350, lr=0.02, lr_schedule="constant", batch=1,
-                  loss="mse", t_min=0.0, sample_steps=30, guidance=12.0)}
-INVERT_STEPS = 50  # of the DDIM inversion, whatever --sample-steps is: the authors'
-TRAINING = ("steps", "lr", "lr_schedule", "batch", "seed", "loss", "checkpointing")  # go to train_motion
-LEARNING = ("steps", "lr", "lr_schedule", "batch", "loss", "checkpointing",         # mean nothing to --motion
-            "debias_in_training", "mqk_dims", "mv_dims", "levels", "snapshots")
+INVERT_STEPS = 50                   # of the DDIM inversion, whatever --sample-steps is: the authors'
 
 
-def option(default, about, **extra):
-    """A field of Config with its default and its --help text; extra: flag, choices, within (least, most)."""
-    return dataclasses.field(default=default, metadata={"about": about, **extra})
+def option(default, about, group, **extra):
+    """A setting: default, --help text and group there; extra: flag, choices, within (least, most)."""
+    return dataclasses.field(default=default, metadata={"about": about, "group": group, **extra})
 
 
 @dataclasses.dataclass
 class SharedConfig:
-    """The settings that eval_mi.py has, too."""
-    steps: int = option(None, "training steps", within=(1, 1e6))
-    lr: float = option(None, "learning rate", within=(1e-9, 1e3))
-    lr_schedule: str = option(None, "constant, as in the paper, or falling to zero",
-                              choices=("constant", "cosine"))
-    batch: int = option(None, "noise levels in every training step", within=(1, 1e4))
-    loss: str = option(None, "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
-                       choices=("mse", "debiased", "hybrid"))
-    t_min: float = option(None, "share of diffusion steps, the least noisy, without embeddings; paper: 0",
+    """The settings that eval_mi.py has, too. The defaults are the paper's, for ZeroScope."""
+    model: str = option("tiny", "tiny or tiny16 (embedded), zeroscope, owner/name or a folder", "reference")
+    frames: int = option(24, "frames of the clips", "reference", within=(2, 1e4))
+    size: str = option("576x320", "WIDTHxHEIGHT in pixels", "reference")
+    t_min: float = option(0.0, "share of diffusion steps, the least noisy, without embeddings", "method",
                           within=(0, 0.99))
-    checkpointing: bool = option(False, "recompute activations in training: slower, much less memory")
-    sample_steps: int = option(None, "DDIM steps", within=(1, 1e5))
-    guidance: float = option(None, "classifier-free guidance; 1 or less switches it off", within=(-1e3, 1e3))
-    noise_prior: float = option(0.5, "share of the inverted reference in the start noise", within=(0, 1))
-    frames: int = option(None, "frames of the clips", within=(2, 1e4))
-    size: str = option(None, "WIDTHxHEIGHT in pixels")
-    device: str = option("auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu")
+    steps: int = option(350, "training steps", "training", within=(1, 1e6))
+    lr: float = option(0.02, "learning rate", "training", within=(1e-9, 1e3))
+    lr_schedule: str = option("constant", "constant, or falling to zero", "training",
+                              choices=("constant", "cosine"))
+    batch: int = option(1, "noise levels in every training step", "training", within=(1, 1e4))
+    loss: str = option("mse", "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
+                       "training", choices=("mse", "debiased", "hybrid"))
+    checkpointing: bool = option(False, "recompute activations: slower, much less memory", "training")
+    sample_steps: int = option(30, "DDIM steps", "sampling", within=(1, 1e5))
+    guidance: float = option(12.0, "classifier-free guidance; up to 1: none", "sampling", within=(-1e3, 1e3))
+    noise_prior: float = option(0.5, "share of the inverted reference in the start noise", "sampling",
+                                within=(0, 1))
+    device: str = option("auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu", "output")
 
 
 @dataclasses.dataclass
 class Config(SharedConfig):
     """All settings of a run. The command line is made from this class, and run.json records it."""
-    model: str = option(None, "tiny (embedded, the default), zeroscope, owner/name[@revision] or a folder")
-    video: str = option(None, "GIF, WebP, APNG, folder of pictures or film (default: one of data/clips)")
-    start: float = option(None, "second of the reference to begin at", within=(0, 1e6))
-    duration: float = option(None, "seconds of the reference (default: all that follow)", within=(1e-3, 1e6))
-    source_prompt: str = option(None, "what the reference shows (clips of data/clips bring theirs)")
-    prompts: tuple = option((), "what to show instead; repeat for more clips", flag="--prompt")
-    negative_prompt: str = option("", "what to keep away from")
-    motion: str = option(None, "reuse this motion file; nothing is trained")
-    out: str = option("out", "folder for the results; those of an earlier run move to previous-1, ... in it")
-
-    use_mqk: bool = option(True, "ablation: without the Motion Query-Key embedding", flag="--no-mqk")
-    use_mv: bool = option(True, "ablation: without the Motion Value embedding", flag="--no-mv")
-    debias: str = option(None, "how MV is debiased (default: diff, or the file's)",
-                         choices=("diff", "mean", "none"))
-    debias_in_training: bool = option(False, "debias MV in training, too (not in the paper)")
-    mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
-    mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
-    levels: tuple = option((), "UNet levels with embeddings, as in 1,2 (default: deepest with attention)")
-    motion_type: str = option("object", "camera: MV is dropped at inference", choices=("object", "camera"))
-
-    snapshots: tuple = option((), "also keep the embeddings of these steps, such as 50,100")
-    seeds: int = option(1, "clips per prompt, of as many seeds in a row", within=(1, 1e4))
-    compare: bool = option(True, "no clips without embeddings: half the sampling", flag="--no-compare")
-    fps: int = option(None, "frames per second of what is written", within=(1, 500))
-    format: str = option("gif", "kind of file for the clips", choices=("gif", "webp", "mp4"))
-    seed: int = option(0, "random seed of training and sampling", within=(0, 2 ** 62))
-    dtype: str = option("auto", "number format of the UNet; auto: float16 on cuda, float32 elsewhere",
+    video: str = option(None, "GIF, WebP, APNG, film, folder of pictures; default: our own", "reference")
+    start: float = option(0.0, "second of the reference to begin at", "reference", within=(0, 1e6))
+    duration: float = option(None, "seconds of it; default: all that follow", "reference", within=(1e-3, 1e6))
+    source_prompt: str = option(None, "what the reference shows; clips.json may say it", "reference")
+    use_mqk: bool = option(True, "ablation: without Motion Query-Key embedding", "method", flag="--no-mqk")
+    use_mv: bool = option(True, "ablation: without Motion Value embedding", "method", flag="--no-mv")
+    debias: str = option("diff", "how MV is debiased", "method", choices=("diff", "mean", "none"))
+    debias_in_training: bool = option(False, "debias MV in training, too (not in the paper)", "method")
+    mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", "method", choices=(1, 2))
+    mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", "method", choices=(1, 2))
+    levels: tuple = option((), "UNet levels with embeddings, as in 1,2; default: the deepest", "method")
+    motion_type: str = option("object", "camera: no MV when sampling", "method", choices=("object", "camera"))
+    motion_file: str = option(None, "reuse this motion file; nothing is trained", "training", flag="--motion")
+    snapshots: tuple = option((), "also keep the embeddings of these steps, as in 50,100", "training")
+    prompts: tuple = option((), "what to show instead; again for more clips", "sampling", flag="--prompt")
+    negative_prompt: str = option("", "what to keep away from", "sampling")
+    seed: int = option(0, "random seed of training and sampling", "sampling", within=(0, 2 ** 62))
+    seeds: int = option(1, "clips per prompt, of as many seeds in a row", "sampling", within=(1, 1e4))
+    compare: bool = option(True, "no clips without embeddings", "sampling", flag="--no-compare")
+    out: str = option("out", "folder for the results; if it holds a run: out-2, out-3, ...", "output")
+    fps: float = option(8, "frames per second of what is written", "output", within=(1, 500))
+    format: str = option("gif", "kind of file for the clips", "output", choices=("gif", "webp", "mp4"))
+    dtype: str = option("auto", "of the UNet; auto: float16 on cuda, float32 elsewhere", "output",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    dry_run: bool = option(False, "say what would happen, and stop")
+    dry_run: bool = option(False, "say what would happen, and stop", "output")
 
 
-def numbers(text):
-    """'1,2' -> (1, 2)"""
-    return tuple(map(int, text.split(",")))
+# Settings that say how to learn: the first go to train_motion, and none goes with --motion.
+TRAINING = ("steps", "lr", "lr_schedule", "batch", "loss", "checkpointing")
+LEARNING = (*TRAINING, "debias_in_training", "mqk_dims", "mv_dims", "levels", "snapshots")
 
 
-def parse_options(cls, argv, prog, about, by_model=MODEL_DEFAULTS):
-    """Command line -> `cls`, a dataclass whose fields are `option`s; what was not given keeps its default.
+def flag_of(field):
+    """The command line's name of a field that is an `option`."""
+    return field.metadata.get("flag", "--" + field.name.replace("_", "-"))
 
-    about: the text above the options in --help; by_model: the defaults that depend on the model.
+
+def parse_given(cls, argv, prog, description):
+    """Command line -> dict of the options that were given, by field of `cls`, a dataclass of `option`s.
+
+    description: --help says its first paragraph above the options, and its commands below them.
     """
     def refuse(message):
         """In place of argparse's usage and message: this program's one line."""
-        raise UserError(f"{message}; see --help")
+        hint = 'write --option="-value" if a value begins with a dash; ' * ("expected" in message)
+        raise UserError(f"{message}; {hint}see --help")
 
-    parser = argparse.ArgumentParser(prog, description=about, argument_default=argparse.SUPPRESS,
+    paragraphs = description.split("\n\n")
+    commands = next(p for p in paragraphs if p.startswith("    python"))
+    parser = argparse.ArgumentParser(prog, description=paragraphs[0], epilog=commands,
+                                     argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    options = [f for f in dataclasses.fields(cls) if f.metadata]
-    for f in sorted(options, key=lambda f: f.name not in cls.__annotations__):       # its own come first
-        flag, default = f.metadata.get("flag", "--" + f.name.replace("_", "-")), f.default
+    parser.error, groups = refuse, {}
+    for f in dataclasses.fields(cls):
         how = {"type": f.type, "choices": f.metadata.get("choices")}
-        if f.name in by_model["tiny"]:
-            default = f"{by_model['tiny'][f.name]} for tiny, else {by_model['other'][f.name]}"
         if f.type is bool:
-            how, default = {"action": "store_false" if f.default else "store_true"}, None
+            how = {"action": "store_false" if f.default else "store_true"}
         elif f.type is list:
             how = {"nargs": "+", "metavar": "FILE"}
-        elif flag != "--" + f.name.replace("_", "-"):                              # prompts: --prompt, again
-            how = {"action": "append"}
+        elif f.name == "prompts":
+            how = {"action": "append", "metavar": "PROMPT"}
         elif f.type is tuple:
-            how = {"type": numbers}
-        told = "" if default in (None, (), "") else f" (default: {default})"
-        parser.add_argument(flag, dest=f.name, help=f.metadata["about"] + told, **how)
-    return cls(**vars(parser.parse_args(argv)))
+            how = {"type": lambda numbers: tuple(map(int, numbers.split(",")))}
+        told = "" if f.type is bool or f.default in (None, (), "") else f" ({f.default})"
+        name = f.metadata["group"]
+        groups[name] = groups.get(name) or parser.add_argument_group(name)
+        groups[name].add_argument(flag_of(f), dest=f.name, help=f.metadata["about"] + told, **how)
+    return vars(parser.parse_args(argv))
 
 
-def check_ranges(settings):
-    """UserError if an `option` lies outside of its `within`; None means not given."""
-    for f in dataclasses.fields(settings):
-        value, (least, most) = getattr(settings, f.name), f.metadata.get("within", (None, None))
-        if least is not None and value is not None and not least <= value <= most:        # nan is not, either
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: it must be within {least:g} and {most:g}")
+def merged(cls, *layers):
+    """A `cls`, a dataclass of `option`s: its defaults, then what each layer, a dict, says; the last one wins.
+
+    None says nothing, and names that cls lacks are ignored. UserError: a value of the wrong kind or range.
+    """
+    settings = cls()
+    for f in dataclasses.fields(cls):
+        least, most = f.metadata.get("within", (-math.inf, math.inf))
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(f.type, f.type)
+        for value in (layer[f.name] for layer in layers if layer.get(f.name) is not None):
+            if not isinstance(value, kinds) or value not in (f.metadata.get("choices") or [value]):
+                raise UserError(f"{flag_of(f)} cannot be {value!r}")
+            if isinstance(value, (int, float)) and not least <= value <= most:            # nan is not, either
+                raise UserError(f"{flag_of(f)} {value}: it must be within {least:g} and {most:g}")
+            setattr(settings, f.name, value)
+    return settings
 
 
-def parse(argv=None):
-    """Command line -> Config; `complete` fills in what was not given."""
-    return parse_options(Config, argv, "mini_mi.py", __doc__.split("\n\n")[0])
+def model_settings(model):
+    """What a model's folder says that it is best used with: mini_mi.json as a dict, {} if it has none."""
+    file = (local_folder(model) or fetch(model, "unet", weights=False)) / "mini_mi.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def clip_settings(video):
+    """What clips.json beside a clip says of it: caption and two prompts; {} where it is not named there."""
+    file = Path(video).parent / "clips.json"
+    if not file.is_file():
+        return {}
+    with built_from(file):
+        entry = read_json(file).get(Path(video).stem, {})
+        return dict(source_prompt=entry.get("caption"), prompts=tuple(entry.get("prompts", ()))[:2])
+
+
+def motion_settings(motion, other_clip):
+    """What a motion file says: how it was trained and, unless another clip is given, on which clip."""
+    source = {**motion.source, "source_prompt": motion.source.get("prompt")}
+    of_clip = () if other_clip else ("video", "start", "duration", "source_prompt")
+    names = ("model", "frames", "size", *of_clip)
+    return {**{name: source.get(name) for name in names},
+            **{name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}}
 
 
 def pick_device(name):
@@ -2073,60 +2104,43 @@ def pick_device(name):
     return name
 
 
-def model_defaults(model):
-    """The defaults of a model; folders that data/make_tiny.py wrote have its small UNet, and take tiny's."""
-    if local_folder(model) is None:
-        return MODEL_DEFAULTS["other"]
-    with built_from(f"{model}: unet/config.json"):
-        c = read_config("UNet", model_config(model, "unet"), block_out_channels=(320,))
-        return MODEL_DEFAULTS["tiny" if c.block_out_channels[0] <= 64 else "other"]
+def settle(given):
+    """dict of the options that were given -> Config with all settings, and the motion of --motion or None."""
+    motion = MotionEmbeddings.load(given["motion_file"]) if given.get("motion_file") else None
+    for name in LEARNING if motion else ():
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')} says how to learn, and --motion reuses what was "
+                            "learned: leave one of them out")
+    motion_says = motion_settings(motion, other_clip="video" in given) if motion else {}
+    model = given.get("model") or motion_says.get("model") or Config.model
+    model_says = model_settings(model)
+    video = given.get("video") or motion_says.get("video")
+    if not video and not motion and model_says.get("world"):
+        video = str(HERE / "data" / "clips" / f"{DEFAULT_CLIP}.webp")
+    config = merged(                               # each layer overrides those above it:
+        Config,                                    # the paper's defaults,
+        model_says,                                # what the model's folder says of itself,
+        clip_settings(video) if video else {},     # the clip's entry in clips.json,
+        {**motion_says, "video": video},           # how the motion file was made,
+        {**given, "model": model})                 # and what was given
+    check(config, motion)
+    return config, motion
 
 
-def complete(config, source):
-    """Fills in what was not given: as the motion file was trained, as clips.json says, as the model likes it.
-
-    source: of the motion file, or {}. UserError: values that would spoil the run, missing prompts.
-    """
-    types = {f.name: f.type for f in dataclasses.fields(config)}
-
-    def fill(values, *names):
-        """Sets those that are still None. A value of the wrong kind, from a motion file, counts as absent."""
-        for name in names or values:
-            if getattr(config, name) is None and isinstance(values.get(name), types[name]):
-                setattr(config, name, values[name])
-
-    given = [name for name in LEARNING if getattr(config, name) != getattr(Config, name)]
-    if config.motion and given:
-        raise UserError(f"--{given[0].replace('_', '-')} says how to learn, and --motion reuses what was "
-                        "learned: leave one of them out")
-    clips = HERE / "data" / "clips"
-    if config.motion and not config.video:      # the clip of the training, and read as it was read then
-        fill({**source, "source_prompt": source.get("prompt")}, "video", "start", "duration", "source_prompt")
-        if config.noise_prior == 0 and not os.path.exists(config.video or ""):
-            config.video = None                                 # only the start noise needs it
-        elif not config.video:
-            raise UserError("this motion file does not say which clip it was trained on: "
-                            "give --video, or --noise-prior 0")
+def check(config, motion):
+    """Refuses what would spoil the run, before it costs an hour; settles video, device and dtype."""
+    if motion and config.noise_prior == 0 and not os.path.exists(config.video or ""):
+        config.video = None                                         # only the start noise needs it
     elif not config.video:
-        if config.model and model_defaults(config.model) is not MODEL_DEFAULTS["tiny"]:
-            raise UserError("say which clip to take the motion from, --video FILE: the clips that come with "
-                            "this program are for its own small model")
-        config.video = str(clips / f"{DEFAULT_CLIP}.webp")
-    fill(source, "model", "frames", "size")
-    fill(dict(model="tiny", start=0.0))
-    fill(model_defaults(config.model))
-    listing = Path(config.video or clips).parent / "clips.json"
-    if listing.is_file():                            # clips with a clips.json beside them bring their prompts
-        with built_from(listing):
-            about = read_json(listing).get(Path(config.video).stem, {})
-            config.prompts = tuple(config.prompts) or tuple(map(str, about.get("prompts", ())[:2]))
-            fill({"source_prompt": about.get("caption")})
+        raise UserError("this motion file does not say which clip it was trained on: give --video, or "
+                        "--noise-prior 0" if motion else
+                        "say which clip to take the motion from, --video FILE: the clips that come with this "
+                        "program are for its own small models")
     if not config.prompts:
         raise UserError('nothing to generate: say what the new clip shows, --prompt "..."')
-    if config.source_prompt is None and not config.motion:
+    if config.source_prompt is None and not motion:
         raise UserError('say what the reference shows, --source-prompt "...": what the text explains, '
                         "the motion embeddings need not learn")
-    check_ranges(config)
     if late := [step for step in config.snapshots if not 1 <= step <= config.steps]:
         raise UserError(f"--snapshots {late[0]}: the training has steps 1 to {config.steps}")
     if config.negative_prompt and config.guidance <= 1:
@@ -2134,8 +2148,10 @@ def complete(config, source):
                         "it takes more than 1")
     if config.format == "gif" and config.fps > 50:
         raise UserError(f"--fps {config.fps}: a GIF shows at most 50 frames a second; take mp4 or webp")
+    if not (config.use_mqk or config.use_mv and config.motion_type == "object"):
+        raise UserError("neither MQK nor MV is in use: nothing is left; drop --no-mqk, --no-mv or camera")
     if config.format == "mp4":
-        call("ffmpeg", "-version")                              # is it there? Now, not after the training
+        call("ffmpeg", "-version")                                    # now, not after the training
     config.device = pick_device(config.device)
     if config.dtype == "auto":
         config.dtype = "float16" if config.device.startswith("cuda") else "float32"
@@ -2154,165 +2170,165 @@ def sizes(config):
     return pixels, (pixels[1] // factor, pixels[0] // factor)
 
 
+def prepare(config, motion, grid):
+    """The motion as the run will use it: of --motion, with its settings, or untrained. UserError: no fit."""
+    with built_from(f"{config.model}: unet/config.json"), torch.device("meta"):       # takes no memory yet
+        unet = UNet3DConditionModel(model_config(config.model, "unet"))
+    if motion is None:
+        settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
+        return MotionEmbeddings(unet, config.frames, *grid, levels=config.levels or None, **settings)
+    motion.use_mqk, motion.use_mv, motion.debias, motion.t_min = (
+        config.use_mqk, config.use_mv, config.debias, config.t_min)
+    check_fits(motion, unet, config.frames, *grid)
+    return motion
+
+
 def describe(config, motion):
     """What a run will do, as lines."""
-    how = f"reuse {config.motion}" if config.motion else (
+    how = f"reuse {config.motion_file}" if config.motion_file else (
         f"train {config.steps} steps of {config.batch}, lr {config.lr} {config.lr_schedule}, "
         f"loss {config.loss}")
     parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
     count = sum(p.numel() for key, p in motion.named_parameters()
                 if (motion.use_mqk if key.endswith("pos_embed") else motion.use_mv))
-    own = not config.video or Path(config.video).resolve().parent == HERE / "data" / "clips"
+    foreign = config.video and Path(config.video).resolve().parent != HERE / "data" / "clips"
+    note = ["note       the small model knows nothing but four shapes on three patterns: for other clips and "
+            "prompts take --model zeroscope"] if foreign and model_settings(config.model).get("world") else []
     return "\n".join([
         f"model      {config.model} on {config.device}, {config.dtype}",
         f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
-        f"clips      {config.frames} frames of {config.size}, {config.fps} per second, to {config.out}/",
+        f"clips      {config.frames} frames of {config.size}, {config.fps:g} per second",
         f"motion     {how}; {parts}, {count:,} embedding parameters, debias {motion.debias}, "
         f"motion type {config.motion_type}, used at t >= {motion.t_min} T",
         f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
         f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
-        *(f"prompt     {prompt}" for prompt in config.prompts),
-        *["note       the small model knows nothing but four shapes on three patterns: for other clips and "
-          "prompts take --model zeroscope"] * (config.model == "tiny" and not own)])
+        *(f"prompt     {prompt}" for prompt in config.prompts), *note])
 
 
-def set_aside(out, in_use):
-    """Moves what an earlier run.json lists to out/previous-1, -2, ...: old results do not pass for new ones.
+class Record:
+    """The folder of one run and its run.json: settings, files, seconds by part of the run."""
 
-    in_use: paths that stay where they are. Returns the names of those: they are the next run's to list, and
-    a new run.json does so at once, lest after an interruption nobody knows whose they are.
-    UserError: `out` is no place to write to.
+    def __init__(self, config, began):
+        self.facts, self.files, self.seconds = {"config": dataclasses.asdict(config)}, [], {}
+        self.began, asked = began, Path(os.path.abspath(os.path.expanduser(config.out)))
+        for number in itertools.count(1):
+            self.folder = asked if number == 1 else asked.with_name(f"{asked.name}-{number}")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # "x" fails where there is one: of two runs that begin at once one gets the folder.
+                with open(self.folder / "run.json", "x", encoding="utf-8") as file:
+                    json.dump(self.facts, file, indent=1)
+                break
+            except OSError as error:
+                if not (self.folder / "run.json").is_file():
+                    raise UserError(f"cannot write into {self.folder} ({one_line(error)}): choose another "
+                                    "place, --out") from error
+        if self.folder != asked:
+            print(f"{config.out} holds a run: this one goes to {self.folder.name}")
+
+    def path(self, name):
+        """The path of a new result."""
+        self.files.append(name)
+        return self.folder / name
+
+    def lap(self, part):
+        """Adds the seconds since the last call to a part of the run."""
+        now = time.perf_counter()
+        self.seconds[part] = round(self.seconds.get(part, 0) + now - self.began, 2)
+        self.began = now
+
+    def write(self, **facts):
+        """The finished run.json."""
+        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        whole = dict(self.facts, **facts, seconds=self.seconds, files=sorted(self.files), versions=versions)
+        with atomic_write(self.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(whole, indent=1))
+
+
+def learn(config, models, latents, text, record):
+    """Trains the motion of `latents` (1,C,F,H,W) and saves it, its snapshots and its losses; returns it.
+
+    Ctrl-C and SIGTERM end the training after the step that runs, with what it has learned so far.
     """
-    kept = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        if not (out / "run.json").is_file():
-            return kept
-        try:
-            names = read_json(out / "run.json").get("files")
-        except UserError as error:
-            raise UserError(f"{out}/run.json is no record of a run: move it away, or choose another "
-                            "place") from error
-        older = next(out / f"previous-{n}" for n in range(1, 10**6) if not (out / f"previous-{n}").exists())
-        older.mkdir()
-        for name in [*(names if isinstance(names, list) else []), "run.json"]:
-            path = out / Path(str(name)).name             # a record cannot move files from elsewhere
-            if path.resolve() in in_use:
-                kept.append(path.name)
-            elif path.is_file():
-                os.replace(path, older / path.name)
-        if kept:
-            (out / "run.json").write_text(json.dumps(dict(files=kept)))
-    except OSError as error:
-        raise UserError(f"cannot write into {out} ({error.strerror}): choose another place") from error
-    print(f"the earlier results in {out} are in {older} now")
-    return kept
-
-
-def learn(config, models, latents, text, settings, new_file):
-    """Trains the motion of `latents` (1,C,F,H,W), saves it and its losses; returns it and its state file."""
-    options = {name: getattr(config, name) for name in TRAINING}
-    # The state's name holds what determines the steps that were made, so no run continues another one's. The
-    # number of steps is not in it, unless the learning rate follows it: an interrupted training can be
-    # continued to another end. One number of each of its tensors tells a model from a retrained one.
-    identity = {**options, **settings, "dtype": config.dtype, "checkpointing": None}
-    if config.lr_schedule == "constant":
-        del identity["steps"]
-    digest = hashlib.sha256(repr(sorted(identity.items())).encode())
-    for part in (torch.stack([p.flatten()[0] for p in models.unet.parameters()]), text, latents):
-        digest.update(part.float().cpu().numpy().tobytes())
-    state, folder = Path(config.out, f"training-{digest.hexdigest()[:12]}.pt"), local_folder(config.model)
-    source = dict(video=os.path.abspath(config.video), prompt=config.source_prompt, frames=config.frames,
-                  size=config.size, start=config.start, duration=config.duration,
-                  model=str(folder.resolve()) if folder and config.model != "tiny" else config.model)
+    folder = local_folder(config.model)
+    bundled = config.model == Config.model or folder is None
+    source = dict(video=os.path.abspath(os.path.expanduser(config.video)), prompt=config.source_prompt,
+                  frames=config.frames, size=config.size, start=config.start, duration=config.duration,
+                  model=config.model if bundled else str(folder.resolve()))
+    signals = []                                                        # those that came in
 
     def keep(step, motion):
-        """Saves a snapshot, as a motion file of its own."""
-        if step in config.snapshots:
+        """Saves the motion where a snapshot was asked for, or the end."""
+        if step in config.snapshots or signals:
             motion.source = source
-            motion.save(new_file(f"motion-step{step}.safetensors"))
+            motion.save(record.path(f"motion-step{step}.safetensors"))
+        if signals:
+            path = record.folder / f"motion-step{step}.safetensors"
+            raise UserError(f"stopped after step {step} of {config.steps}: what was learned is in {path}; "
+                            f"use it with --motion {path}")
 
-    motion = train_motion(models, latents, text, state=state, on_step=keep, **options, **settings)
-    motion.source = source
-    motion.save(new_file("motion.safetensors"))
-    with atomic_write(new_file("loss.png")) as temporary:
-        loss_curve(motion.losses.tolist()).save(temporary)
-    for step in config.snapshots:           # a training that was continued may have made them before
-        if (Path(config.out) / f"motion-step{step}.safetensors").exists():
-            new_file(f"motion-step{step}.safetensors")
-        else:
-            print(f"no snapshot of step {step}: the training went on from a later one")
-    return motion, state
+    def ask(number, _):
+        """The first signal waits for the step to end; the second one does not."""
+        signals.append(number)
+        signal.signal(number, before[number])
 
-
-def run(config):
-    """The main job: train (or load) the reference's motion, sample every prompt, write all to config.out."""
-    motion = MotionEmbeddings.load(config.motion) if config.motion else None
-    if motion and config.t_min is None:
-        config.t_min = motion.t_min
-    complete(config, motion.source if motion else {})
-    (pixels, grid), out, seconds, files = sizes(config), Path(config.out), {}, []
-    began = time.perf_counter()
-    with built_from(f"{config.model}: unet/config.json"), torch.device("meta"):       # takes no memory yet
-        unet = UNet3DConditionModel(model_config(config.model, "unet"))
-    if motion:
-        motion.use_mqk, motion.use_mv = motion.use_mqk and config.use_mqk, motion.use_mv and config.use_mv
-        motion.debias = config.debias or motion.debias                     # flags win over the file
-        motion.t_min = config.t_min
-        check_fits(motion, unet, config.frames, grid)
-    else:        # these say what will be trained, and refuse what does not fit; train_motion makes its own
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        training = {name: getattr(config, name) for name in (*TRAINING, "seed")}
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
-        settings.update(levels=config.levels or None, debias=config.debias or "diff")
-        motion = MotionEmbeddings(unet.config, config.frames, *grid, **settings)
-    if not (motion.use_mqk or motion.use_mv and config.motion_type == "object"):
-        raise UserError("these flags leave nothing of the motion to use: drop --no-mqk, --no-mv or camera")
+        motion = train_motion(models, latents, text, on_step=keep, levels=config.levels or None,
+                              **training, **settings)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    motion.source = source
+    motion.save(record.path("motion.safetensors"))
+    with atomic_write(record.path("loss.png")) as temporary:
+        loss_curve(motion.losses.tolist()).save(temporary)
+    return motion
+
+
+def run(config, motion=None):
+    """The main job: train the reference's motion, or take `motion`; sample every prompt; write to --out."""
+    pixels, grid = sizes(config)
+    motion = prepare(config, motion, grid)
     if config.video:
         reference = read_video(config.video, config.frames, pixels, config.start, config.duration)
     print(describe(config, motion))
     if config.dry_run:
         return
 
-    def timed(name):
-        """Adds the seconds since the last call to this part of the run."""
-        nonlocal began
-        began, before = time.perf_counter(), began
-        seconds[name] = round(seconds.get(name, 0) + began - before, 2)
-
-    def new_file(name):
-        """The path of a result, which run.json lists."""
-        files.append(name)
-        return out / name
-
+    # ---- load
+    began = time.perf_counter()
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
-    # Steps that do not fit the schedule? Now, not after the training.
-    models.scheduler.timesteps(config.sample_steps, motion.t_min)
+    models.scheduler.timesteps(config.sample_steps)      # steps that do not fit? now, not after the training
+    if models.scheduler.first(config.sample_steps) < motion.t_min * models.scheduler.T:
+        raise UserError(f"--t-min {motion.t_min}: with {config.sample_steps} --sample-steps the embeddings "
+                        "would never act; lower it, or take more steps")
     if config.noise_prior > 0:
         models.scheduler.timesteps(INVERT_STEPS)
-    # The snapshots beside a motion file that is reused stay, too: the next command may name one of them.
-    reused = [config.motion, *Path(config.motion).parent.glob("motion*.safetensors")] if config.motion else []
-    files += set_aside(out, {Path(path).resolve() for path in (config.video, *reused) if path})
-    timed("load")
+    record = Record(config, began)
+    record.lap("load")
 
-    # All randomness comes from seeds, so equal settings repeat the same frames.
-    source_text, empty, negative, *texts = (encode_prompt(models, [text]) for text in (
+    # ---- encode. All randomness comes from seeds, so equal settings repeat the same frames.
+    source_text, empty, negative, *texts = (encode_prompt(models, [prompt]) for prompt in (
         config.source_prompt or "", "", config.negative_prompt, *config.prompts))
-    if not config.motion or config.noise_prior > 0:    # one sample for every seed: --seeds and --seed agree
+    if not config.motion_file or config.noise_prior > 0:   # one draw for every seed: --seeds and --seed agree
         latents = encode_video(models, to_model_range(reference), torch.Generator().manual_seed(1_000_000))
-    timed("encode")
+    record.lap("encode")
 
-    if config.motion:
-        motion.to(models.device)
-    else:
-        motion, state = learn(config, models, latents, source_text, settings, new_file)
-    used = {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
+    # ---- train
+    trained = not config.motion_file
+    motion = learn(config, models, latents, source_text, record) if trained else motion.to(models.device)
     motion.use_mv &= config.motion_type == "object"
-    timed("train")
+    record.lap("train")
 
+    # ---- invert
     if config.noise_prior > 0:
         inverted = ddim_invert(models, latents, empty, INVERT_STEPS)
-    timed("invert")
+    record.lap("invert")
 
+    # ---- sample and write
     shown = [("reference", reference)] if config.video else []
     rows, shape = list(shown), (1, models.unet.conv_in.in_channels, config.frames, *grid)
     for seed in range(config.seed, config.seed + config.seeds):
@@ -2320,63 +2336,75 @@ def run(config):
         noise = noise.to(models.device)
         if config.noise_prior > 0:
             noise = blend_noise(inverted, noise, config.noise_prior)
-        for n, (prompt, text) in enumerate(zip(config.prompts, texts), 1):
-            name, clips = re.sub(r"[^a-z0-9]+", "-", f"{n} {prompt}".lower())[:62].strip("-"), []
-            if config.seeds > 1:
-                name, prompt = f"{name}-seed{seed}", f"{prompt} (seed {seed})"
+        for number, (prompt, text) in enumerate(zip(config.prompts, texts), 1):
+            clips, title = [], prompt if config.seeds == 1 else f"{prompt} (seed {seed})"
             # One after the other, to save memory.
-            for title, learned in [(prompt, motion), ("same seed, no embeddings", None)][:1 + config.compare]:
+            for label, learned in [(title, motion), ("same seed, no embeddings", None)][:1 + config.compare]:
                 latent = sample(models, noise, text, negative, config.sample_steps, config.guidance, learned)
-                clips.append((title, to_uint8(decode_video(models, latent)[0])))
-            timed("sample")
-            write_video(new_file(f"{name}.{config.format}"), clips[0][1], config.fps)
+                clips.append((label, to_uint8(decode_video(models, latent)[0])))
+            record.lap("sample")
+            name = re.sub(r"[^a-z0-9]+", "-", f"{number} {prompt}".lower())[:62].strip("-")
+            name += f"-seed{seed}" * (config.seeds > 1)
+            write_video(record.path(f"{name}.{config.format}"), clips[0][1], config.fps)
             labels, videos = zip(*shown, *clips)
-            write_video(new_file(f"{name}-compare.{config.format}"), side_by_side(videos, labels), config.fps)
+            write_video(record.path(f"{name}-compare.{config.format}"), side_by_side(videos, labels),
+                        config.fps)
             rows += clips
-            timed("write")
-    with atomic_write(new_file("sheet.png")) as temporary:
+            record.lap("write")
+    with atomic_write(record.path("sheet.png")) as temporary:
         contact_sheet(rows).save(temporary)
-    timed("write")
-
+    record.lap("write")
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
-    untrained = dict.fromkeys(TRAINING) if config.motion else {}
-    record = dict(
-        config={**dataclasses.asdict(config), **untrained, **used, "seed": config.seed},
-        losses=None if config.motion else motion.losses.tolist(), seconds=seconds,
-        files=sorted({name for name in files if (out / name).exists()}), invert_steps=INVERT_STEPS,
-        peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-    with atomic_write(out / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1))
-    if not config.motion:
-        state.unlink(missing_ok=True)                        # only now: an interrupted sampling needs it, too
-    print(f"done in {sum(seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, {out}/sheet.png")
+    record.write(losses=motion.losses.tolist() if trained else None, invert_steps=INVERT_STEPS,
+                 peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()))
+    out = os.path.relpath(record.folder)
+    print(f"done in {sum(record.seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, "
+          f"{out}/sheet.png")
+
+
+class Audience:
+    """A standard stream whose reader may be gone (`| head -1`) or never was (`2>&-`): the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with contextlib.suppress(AttributeError):      # what a console cannot print comes as a substitute
+            self.stream.reconfigure(errors="replace")
+
+    def write(self, words):
+        """As of any stream."""
+        try:
+            self.stream.write(words)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def guarded(job):
     """Runs job(); returns the exit status: 0, or 2 after one line that says what is wrong and what to do."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):      # what a console cannot print comes as a substitute
-            stream.reconfigure(errors="replace")
-    try:
-        job()
-        return 0
-    except UserError as error:
-        message = one_line(error)
-    except KeyboardInterrupt:
-        message = "interrupted: run the same command again, and a training goes on where it was last saved"
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-        message = ("out of memory: take fewer --frames or a smaller --size, "
-                   "and if it was in training, --checkpointing")
-    print(f"\nerror: {message}", file=sys.stderr)
+    out, err = Audience(sys.stdout), Audience(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            job()
+            return 0
+        except UserError as error:
+            message = one_line(error)
+        except KeyboardInterrupt:
+            message = "interrupted: run the same command again"
+        except (MemoryError, RuntimeError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            message = ("out of memory: take fewer --frames or a smaller --size, "
+                       "and if it was in training, --checkpointing")
+        print(f"\nerror: {message}", file=err)
     return 2
 
 
 def main(argv=None):
     """Entry point of the command line; returns the exit status."""
-    return guarded(lambda: run(parse(argv)))
+    return guarded(lambda: run(*settle(parse_given(Config, argv, "mini_mi.py", __doc__))))
 
 
 if __name__ == "__main__":

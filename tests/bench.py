@@ -88,7 +88,7 @@ def bench(name, device, dtype, rounds):
     text_width = config.get("cross_attention_dim", 1024)
     x = torch.randn(1, 4, frames, height, width, device=device, dtype=dtype)
     text = torch.randn(1, 77, text_width, device=device, dtype=dtype)
-    motion = mini_mi.MotionEmbeddings(ours.config, frames, height, width).to(device).train()
+    motion = mini_mi.MotionEmbeddings(ours, frames, height, width).to(device).train()
     add_by_hooks(theirs, motion)
 
     def forward(unet):

@@ -99,6 +99,12 @@ def relative(a, b):
     return float((a - b).detach().double().norm() / b.detach().double().norm())
 
 
+def hollow(config):
+    """A UNet without memory for weights: embeddings ask it for its blocks alone."""
+    with torch.device("meta"):
+        return mini_mi.UNet3DConditionModel(config)
+
+
 def write_model(folder, seed=0, unet=UNET):
     """A random-weight text-to-video model in diffusers layout, without help of diffusers."""
     torch.manual_seed(seed)

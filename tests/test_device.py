@@ -50,7 +50,7 @@ def test_a_tensor_on_another_device_raises(far):
         mini_mi.predict(far, x, 7, text.to("meta"))
     with pytest.raises(RuntimeError, match="device"):
         mini_mi.predict(far, x.to("meta"), 7, text)
-    motion = mini_mi.MotionEmbeddings(far.unet.config, 2, 4, 4)
+    motion = mini_mi.MotionEmbeddings(far.unet, 2, 4, 4)
     with pytest.raises(RuntimeError, match="device"):
         mini_mi.predict(far, x.to("meta"), 7, text.to("meta"), motion)
 
@@ -92,7 +92,7 @@ def test_the_whole_path(far, loss, checkpointing, prediction):
 
 def test_embeddings_of_another_size(far):
     """Interpolated along time and over the grid, cut from the authors' slots, on the device."""
-    motion = mini_mi.MotionEmbeddings(far.unet.config, 6, 2, 8).to("meta").eval()
+    motion = mini_mi.MotionEmbeddings(far.unet, 6, 2, 8).to("meta").eval()
     x, text = torch.zeros(1, 4, 4, 4, 4, device="meta"), torch.zeros(1, 5, 32, device="meta")
     assert mini_mi.predict(far, x, 7, text, motion).shape == x.shape
     motion.frames = None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from conftest import ROOT, UNET, randomise, relative
+from conftest import ROOT, UNET, hollow, randomise, relative
 
 import mini_mi
 
@@ -81,6 +81,11 @@ def unet():
     return randomise(mini_mi.UNet3DConditionModel(UNET), 1, 0.05).eval().requires_grad_(False)
 
 
+def parts_at(motion, block, which, frames, grid):
+    """m_qk, m_v for an attention that reads that many frames on that grid."""
+    return motion.at(block, which, grid, torch.empty(1, grid[0] * grid[1], frames, 1))
+
+
 def inputs(batch=1, frames=4, height=4, width=4):
     torch.manual_seed(7)
     x, t = torch.randn(batch, 4, frames, height, width), torch.randint(0, 1000, (batch,))
@@ -89,7 +94,7 @@ def inputs(batch=1, frames=4, height=4, width=4):
 
 def make(frames=4, height=4, width=4, config=UNET, **settings):
     """Embeddings that are not zero."""
-    return randomise(mini_mi.MotionEmbeddings(config, frames, height, width, **settings), 3, 0.5).eval()
+    return randomise(mini_mi.MotionEmbeddings(hollow(config), frames, height, width, **settings), 3, 0.5).eval()
 
 
 # Eq. 3
@@ -99,7 +104,7 @@ def make(frames=4, height=4, width=4, config=UNET, **settings):
 def test_zero_embeddings_are_the_plain_unet_bit_for_bit(unet, settings, training):
     """Training starts from the model as it is."""
     x, t, text = inputs(batch=2)
-    motion = mini_mi.MotionEmbeddings(UNET, 4, 4, 4, **settings).train(training)
+    motion = mini_mi.MotionEmbeddings(hollow(UNET), 4, 4, 4, **settings).train(training)
     assert all((p == 0).all() for p in motion.parameters())
     assert torch.equal(unet(x, t, text, motion), unet(x, t, text))
 
@@ -135,9 +140,9 @@ def test_mqk_is_shared_and_mv_is_not(unet):
     """One MQK per block serves attn1 and attn2; each attention has its own MV."""
     motion = make()
     for part in ("attn1", "attn2"):
-        m_qk, m_v = motion.for_attention(BLOCK, part, 4, (4, 4))
+        m_qk, m_v = parts_at(motion, BLOCK, part, 4, (4, 4))
         assert torch.equal(m_qk, motion.state_dict()[f"{BLOCK}.pos_embed"])
-        assert torch.equal(m_v, mini_mi.debias(motion.state_dict()[f"{BLOCK}.{part}.vSpatial"], "diff"))
+        assert torch.equal(m_v, mini_mi.debiased(motion.state_dict()[f"{BLOCK}.{part}.vSpatial"], "diff"))
     keys = [key.removeprefix(f"{BLOCK}.") for key in motion.state_dict() if key.startswith(BLOCK)]
     assert sorted(keys) == ["attn1.vSpatial", "attn2.vSpatial", "pos_embed"]
     # With the output of one attention silenced, MQK still acts through the other.
@@ -158,20 +163,20 @@ def test_mqk_is_shared_and_mv_is_not(unet):
 def test_debias_by_hand():
     """Three frames, two channels."""
     m_v = torch.tensor([[[1.0, 10.0], [3.0, 7.0], [8.0, 7.0]]])
-    assert mini_mi.debias(m_v, "diff").tolist() == [[[1.0, 10.0], [2.0, -3.0], [5.0, 0.0]]]
-    assert mini_mi.debias(m_v, "mean").tolist() == [[[-3.0, 2.0], [-1.0, -1.0], [4.0, -1.0]]]
-    assert torch.equal(mini_mi.debias(m_v, "none"), m_v)
-    assert torch.equal(mini_mi.debias(m_v[:, :1], "diff"), m_v[:, :1])  # a single frame
+    assert mini_mi.debiased(m_v, "diff").tolist() == [[[1.0, 10.0], [2.0, -3.0], [5.0, 0.0]]]
+    assert mini_mi.debiased(m_v, "mean").tolist() == [[[-3.0, 2.0], [-1.0, -1.0], [4.0, -1.0]]]
+    assert torch.equal(mini_mi.debiased(m_v, "none"), m_v)
+    assert torch.equal(mini_mi.debiased(m_v[:, :1], "diff"), m_v[:, :1])  # a single frame
     with pytest.raises(mini_mi.UserError, match="diff, mean or none"):
-        mini_mi.debias(m_v, "median")
+        mini_mi.debiased(m_v, "median")
 
 
 def test_a_static_offset_acts_on_the_first_frame_alone():
     """What is equal in all frames is appearance, and cancels."""
     m_v = torch.randn(6, 4, 8)
-    shifted = mini_mi.debias(m_v + torch.randn(6, 1, 8), "diff") - mini_mi.debias(m_v, "diff")
+    shifted = mini_mi.debiased(m_v + torch.randn(6, 1, 8), "diff") - mini_mi.debiased(m_v, "diff")
     assert shifted[:, 1:].abs().max() < 1e-5 < shifted[:, 0].abs().max()
-    shifted = mini_mi.debias(m_v + torch.randn(6, 1, 8), "mean") - mini_mi.debias(m_v, "mean")
+    shifted = mini_mi.debiased(m_v + torch.randn(6, 1, 8), "mean") - mini_mi.debiased(m_v, "mean")
     assert shifted.abs().max() < 1e-5
 
 
@@ -183,8 +188,8 @@ def test_debias_is_for_inference_unless_it_is_wanted_in_training(mode):
     for training, in_training in ((True, False), (True, True), (False, False), (False, True)):
         motion.train(training)
         motion.debias_in_training = in_training
-        m_qk, m_v = motion.for_attention(BLOCK, "attn1", 4, (4, 4))
-        assert torch.equal(m_v, raw if training and not in_training else mini_mi.debias(raw, mode))
+        m_qk, m_v = parts_at(motion, BLOCK, "attn1", 4, (4, 4))
+        assert torch.equal(m_v, raw if training and not in_training else mini_mi.debiased(raw, mode))
         assert torch.equal(m_qk, motion.state_dict()[f"{BLOCK}.pos_embed"])
 
 
@@ -216,15 +221,15 @@ def test_shapes_and_ablations(unet, tmp_path, settings, shapes):
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(mini_mi.UserError, match="nothing is left"):
-        mini_mi.MotionEmbeddings(UNET, 4, 4, 4, use_mqk=False, use_mv=False)
+        mini_mi.MotionEmbeddings(hollow(UNET), 4, 4, 4, use_mqk=False, use_mv=False)
 
 
 def test_a_mapping_with_the_authors_keys():
     """What torch does with parameters works with keys that have dots; other embeddings are refused."""
-    motion, other = make(), mini_mi.MotionEmbeddings(UNET, 4, 4, 4)
+    motion, other = make(), mini_mi.MotionEmbeddings(hollow(UNET), 4, 4, 4)
     assert [name for name, _ in motion.named_parameters()] == list(motion.state_dict())
     other.load_state_dict(motion.state_dict())
-    assert all(torch.equal(other[key], value) for key, value in copy.deepcopy(motion).state_dict().items())
+    assert all(torch.equal(other.get_parameter(key), value) for key, value in copy.deepcopy(motion).state_dict().items())
     assert {p.dtype for p in other.to(torch.float64).parameters()} == {torch.float64}
     for config in (dict(use_mv=False), dict(mv_dims=1), dict(mqk_dims=2)):
         with pytest.raises((mini_mi.UserError, RuntimeError)):
@@ -238,26 +243,26 @@ def test_the_paper_comes_first():
               for name in ("THE PAPER", "LEARN IT", "USE IT", "THE HYBRID LOSS", "THE FROZEN MODEL",
                            "PLUMBING")}
     assert list(banner.values()) == sorted(banner.values())
-    assert banner["LEARN IT"] < 250 and banner["THE HYBRID LOSS"] < 450
+    assert banner["LEARN IT"] < 250 and banner["THE HYBRID LOSS"] < 460
     before = [line for line in lines[:banner["THE PAPER"]] if line.startswith(("class ", "def "))]
     assert before == ["class UserError(ValueError):"]
     paper = "\n".join(lines[banner["THE PAPER"]:banner["LEARN IT"]])
-    for words in ("def debias(", "class TemporalTransformerBlock(", "class MotionEmbeddings(", "h + m_qk",
-                  "h + m_v", "(Eq. 3)", "(Eq. 5)"):
+    for words in ("def debiased(", "class TemporalTransformerBlock(", "class MotionEmbeddings(", "f + m_qk",
+                  "f + m_v", "(Eq. 3)", "(Eq. 5)"):
         assert words in paper
 
 
 def test_levels():
     """Default: the deepest level with attention, on the way down and up; grids of odd sizes round up."""
     with torch.device("meta"):
-        motion = mini_mi.MotionEmbeddings({}, 24, 40, 72)
+        motion = mini_mi.MotionEmbeddings(hollow({}), 24, 40, 72)
     assert [name.rsplit(".transformer_blocks")[0] for name in motion.grids] == [
         "down_blocks.2.temp_attentions.0", "down_blocks.2.temp_attentions.1", "up_blocks.1.temp_attentions.0",
         "up_blocks.1.temp_attentions.1", "up_blocks.1.temp_attentions.2"]
     assert set(motion.grids.values()) == {(10, 18)}
     assert motion.state_dict()["up_blocks.1.temp_attentions.2.transformer_blocks.0.attn1.vSpatial"].shape == (
         180, 24, 1280)
-    motion = mini_mi.MotionEmbeddings(BOTH, 3, 5, 7, levels=[0, 1])
+    motion = mini_mi.MotionEmbeddings(hollow(BOTH), 3, 5, 7, levels=[0, 1])
     shapes = {key: tuple(value.shape) for key, value in motion.state_dict().items() if "attn1" in key}
     assert shapes == {f"{side}_blocks.{i}.temp_attentions.{j}.transformer_blocks.0.attn1.vSpatial": shape
                       for side, i, layers, shape in (("down", 0, 1, (35, 3, 32)), ("down", 1, 1, (12, 3, 64)),
@@ -272,9 +277,9 @@ def test_levels():
     assert make(3, 4, 4, BOTH).grids == {name: (2, 2) for name in both.motion_sites[1]}
     for levels in ([2], [-1], [], [0, 5]):
         with pytest.raises(mini_mi.UserError, match="levels"):
-            mini_mi.MotionEmbeddings(BOTH, 3, 4, 4, levels=levels)
+            mini_mi.MotionEmbeddings(hollow(BOTH), 3, 4, 4, levels=levels)
     with pytest.raises(mini_mi.UserError, match="levels"):
-        mini_mi.MotionEmbeddings(UNET, 3, 4, 4, levels=[1])  # this level has no attention
+        mini_mi.MotionEmbeddings(hollow(UNET), 3, 4, 4, levels=[1])  # this level has no attention
 
 
 # Files
@@ -318,13 +323,13 @@ def test_the_authors_file(unet, tmp_path):
     x, t, text = inputs(frames=6)
     assert torch.equal(unet(x, t, text, again), unet(x, t, text, motion))
     for frames in (1, 3, 5):  # a shorter clip: cut, where our own files are interpolated
-        raw = again.train().for_attention(BLOCK, "attn1", frames, (4, 4))[1]
+        raw = parts_at(again.train(), BLOCK, "attn1", frames, (4, 4))[1]
         assert torch.equal(raw, motion.state_dict()[f"{BLOCK}.attn1.vSpatial"][:, :frames])
     again.eval().save(tmp_path / "ours.safetensors")
     third = mini_mi.MotionEmbeddings.load(tmp_path / "ours.safetensors")
     assert torch.equal(unet(x, t, text, third), unet(x, t, text, motion))
     with pytest.raises(mini_mi.UserError, match="slots for 32 frames, not for 40"):    # what would they show?
-        again.for_attention(BLOCK, "attn1", 40, (4, 4))
+        parts_at(again, BLOCK, "attn1", 40, (4, 4))
 
 
 @pytest.mark.parametrize("drop, mqk, mv", [(["pos_embed"], False, True), (["vSpatial"], True, False)])
@@ -355,13 +360,13 @@ def test_slots_in_a_file_of_the_first_edition(tmp_path):
                              {"mini_mi": json.dumps(about)})
     motion = mini_mi.MotionEmbeddings.load(tmp_path / "old.safetensors")
     assert motion.frames is None
-    assert torch.equal(motion.for_attention(key, "attn1", 5, (4, 4))[0], m[:, :5])
+    assert torch.equal(parts_at(motion, key, "attn1", 5, (4, 4))[0], m[:, :5])
 
 
 def test_files_that_are_no_motion_are_refused(unet, tmp_path):
     """NaN, other tensors, damaged settings, a motion of another model."""
     motion = make()
-    motion[f"{BLOCK}.attn2.vSpatial"].data[3, 2, 1] = float("nan")
+    motion.get_parameter(f"{BLOCK}.attn2.vSpatial").data[3, 2, 1] = float("nan")
     motion.save(tmp_path / "nan.safetensors")
     mini_mi.save_safetensors(tmp_path / "other.safetensors", {"conv.weight": torch.zeros(1, 2, 3)})
     mini_mi.save_safetensors(tmp_path / "flat.safetensors", {f"{BLOCK}.pos_embed": torch.zeros(4, 32)})
@@ -397,7 +402,7 @@ def test_switches_act_after_loading(unet, tmp_path):
     assert all(relative(a, b) > 1e-3 for i, a in enumerate(values) for b in values[:i])
     only = make()
     for key in [k for k in only.state_dict() if "vSpatial" in k]:
-        only[key].data.zero_()
+        only.get_parameter(key).data.zero_()
     assert torch.equal(outs["no_mv"], unet(x, t, text, only))
 
 
@@ -407,7 +412,7 @@ def test_interpolation_is_the_identity_at_its_own_size():
     """Not even rounding."""
     motion = make(4, 4, 5).train()
     for part in ("attn1", "attn2"):
-        m_v = motion.for_attention(BLOCK, part, 4, (4, 5))[1]
+        m_v = parts_at(motion, BLOCK, part, 4, (4, 5))[1]
         assert torch.equal(m_v, motion.state_dict()[f"{BLOCK}.{part}.vSpatial"])
 
 
@@ -415,7 +420,7 @@ def test_interpolation_is_the_identity_at_its_own_size():
 def test_linear_functions_are_interpolated_exactly(frames, grid):
     """In time frame i of n lies at i / (n - 1), on the grid sample i at (i + 1/2) / n, whose border
     is flat."""
-    motion = mini_mi.MotionEmbeddings(UNET, 8, 4, 6).train()
+    motion = mini_mi.MotionEmbeddings(hollow(UNET), 8, 4, 6).train()
 
     def ramp(frames, height, width):
         t = torch.linspace(0, 1, frames)
@@ -423,9 +428,9 @@ def test_linear_functions_are_interpolated_exactly(frames, grid):
         values = 3 * t[None, None, :] - 2 * y[:, None, None] + x[None, :, None]
         return values.flatten(0, 1)[..., None] * torch.arange(1, 33)  # (H*W, F, C)
 
-    motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(ramp(8, 4, 6))
-    motion[f"{BLOCK}.pos_embed"].data.copy_(ramp(8, 1, 1))
-    m_qk, m_v = motion.for_attention(BLOCK, "attn1", frames, grid)
+    motion.get_parameter(f"{BLOCK}.attn1.vSpatial").data.copy_(ramp(8, 4, 6))
+    motion.get_parameter(f"{BLOCK}.pos_embed").data.copy_(ramp(8, 1, 1))
+    m_qk, m_v = parts_at(motion, BLOCK, "attn1", frames, grid)
     y, x = ((c > 0.5 / n) & (c < 1 - 0.5 / n) | (n == len(c))
             for c, n in zip([(torch.arange(n) + 0.5) / n for n in grid], (4, 6)))
     inside = (y[:, None] & x[None, :]).flatten()
@@ -433,27 +438,27 @@ def test_linear_functions_are_interpolated_exactly(frames, grid):
     assert torch.allclose(m_v[inside], ramp(frames, *grid)[inside], rtol=1e-5, atol=1e-4)
     assert torch.allclose(m_qk, ramp(frames, 1, 1), rtol=1e-5, atol=1e-4)
     # Debias comes after, on the frames that are used.
-    debiased = motion.eval().for_attention(BLOCK, "attn1", frames, grid)[1]
-    assert torch.equal(debiased, mini_mi.debias(m_v, "diff"))
+    debiased = parts_at(motion.eval(), BLOCK, "attn1", frames, grid)[1]
+    assert torch.equal(debiased, mini_mi.debiased(m_v, "diff"))
 
 
 @pytest.mark.parametrize("frames", [3, 5, 9, 24, 40])
 def test_a_ramp_stays_a_ramp(frames):
     """Stretched or squeezed, first and last frame stay, and every change from frame to frame is the same."""
-    motion = mini_mi.MotionEmbeddings(UNET, 9, 2, 2).eval()
-    motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(torch.linspace(-1, 3, 9)[None, :, None].expand(4, 9, 32))
-    m_v = motion.for_attention(BLOCK, "attn1", frames, (2, 2))[1]
+    motion = mini_mi.MotionEmbeddings(hollow(UNET), 9, 2, 2).eval()
+    motion.get_parameter(f"{BLOCK}.attn1.vSpatial").data.copy_(torch.linspace(-1, 3, 9)[None, :, None].expand(4, 9, 32))
+    m_v = parts_at(motion, BLOCK, "attn1", frames, (2, 2))[1]
     assert torch.allclose(m_v[:, 0], torch.tensor(-1.0)) and torch.allclose(m_v.sum(1), torch.tensor(3.0))
     assert torch.allclose(m_v[:, 1:], torch.tensor(4 / (frames - 1)), atol=1e-5)
 
 
 def test_bilinear_and_linear_by_hand():
     """One channel: 2 frames to 5, ends on ends; a 1x2 grid to 1x4, neighbours mix 3:1."""
-    motion = mini_mi.MotionEmbeddings(UNET, 2, 1, 2).train()
+    motion = mini_mi.MotionEmbeddings(hollow(UNET), 2, 1, 2).train()
     value = torch.zeros(2, 2, 32)
     value[0, :, 0], value[1, :, 0] = torch.tensor([0.0, 8.0]), torch.tensor([16.0, 24.0])
-    motion[f"{BLOCK}.attn1.vSpatial"].data.copy_(value)
-    m_v = motion.for_attention(BLOCK, "attn1", 5, (1, 4))[1][:, :, 0]
+    motion.get_parameter(f"{BLOCK}.attn1.vSpatial").data.copy_(value)
+    m_v = parts_at(motion, BLOCK, "attn1", 5, (1, 4))[1][:, :, 0]
     assert m_v.tolist() == [[0, 2, 4, 6, 8], [4, 6, 8, 10, 12], [12, 14, 16, 18, 20], [16, 18, 20, 22, 24]]
 
 
