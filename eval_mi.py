@@ -498,7 +498,7 @@ class Lab:
         default = own if own.is_dir() else "openai/clip-vit-base-patch32"
         judge = networks.clip_folder(s.clip_model or default)
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
-        in_world = s.small and judge.resolve() == own.resolve()
+        in_world = s.world and judge.resolve() == own.resolve()
         self.settings, self.clips = s, read_clips(s, in_world)
         self.paths, self.judges = Paths(s, model, judge, in_world), Judges(s, judge, in_world)
         self.pipeline = Pipeline(s, model, self.paths)
@@ -1458,9 +1458,6 @@ def write_report(out, results, lab=None):
 
 # =============================================== COMMAND LINE ===============================================
 
-# As mini_mi.py does it, but that two numbers of steps are smaller for the embedded model, to save time.
-DEFAULTS = {"tiny": {**mini_mi.MODEL_DEFAULTS["tiny"], "sample_steps": 15, "invert_steps": 25},
-            "other": {**mini_mi.MODEL_DEFAULTS["other"], "invert_steps": mini_mi.INVERT_STEPS}}
 COUNT = 1, 1e6
 AFTERWARDS = "out", "report", "ballot", "ballot_variants", "votes"        # settings that no cell depends on
 
@@ -1468,48 +1465,49 @@ AFTERWARDS = "out", "report", "ballot", "ballot_variants", "votes"        # sett
 @dataclasses.dataclass
 class Settings(mini_mi.SharedConfig):
     """Everything that a user can set; the command line is made from it."""
-    model: str = option("tiny", "the embedded model (tiny), zeroscope, a hub repository or a model folder")
-    clip_model: str = option(None, "CLIP folder or repository (default: MODEL/clip, else OpenAI's ViT-B/32)")
+    clip_model: str = option(None, "CLIP folder or repository (default: MODEL/clip, else OpenAI's ViT-B/32)",
+                             "judges")
+    tracker: str = option("lk", "built-in Lucas-Kanade, or CoTracker 3, fetched", "judges",
+                          choices=("lk", "cotracker"))
+    grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55", "judges", within=COUNT)
     clips: str = option(None, "folder with clips.json: NAME -> caption, motion, prompts (default: rendered "
-                              "for the embedded model, else data/clips, of 16 frames)")
-    split: str = option("test", "which clips of the embedded world", choices=("test", "validation"))
-    out: str = option("out/eval", "folder for the cells and the report; a second run goes on there")
+                              "for the embedded models, else data/clips, of 16 frames)", "grid")
+    split: str = option("test", "which clips of the embedded world", "grid", choices=("test", "validation"))
     variants: str = option(",".join(DEFAULT_VARIANTS),
-                           f"what to compare, most with full: {', '.join(VARIANTS)}")
-    clip_count: int = option(11, "clips; the embedded world has any number", within=COUNT)
-    prompt_count: int = option(2, "target prompts per clip", within=COUNT)
-    seed_count: int = option(2, "sampling seeds per prompt", within=COUNT)
-    training_seeds: int = option(1, "trainings of each kind per clip; 2 tell the spread", within=COUNT)
-    invert_steps: int = option(None, "steps of the inversion that gives the start noise", within=COUNT)
-    sample_batch: int = option(4, "samples made at once: 4 suits a CPU, a GPU likes more", within=COUNT)
-    tracker: str = option("lk", "built-in Lucas-Kanade, or CoTracker 3, fetched", choices=("lk", "cotracker"))
-    grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55", within=COUNT)
-    dtype: str = option(None, "of the UNet (default: float16 for large models on CUDA, else float32)",
-                        choices=("float32", "bfloat16", "float16"))
-    quick: bool = option(False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
-    report: bool = option(False, "only the report again: of finished cells, or else of results.json")
-    ballot: bool = option(False, "only write ballot.html, on which people vote, from finished cells")
-    ballot_variants: str = option(",".join(BALLOT_VARIANTS), "what people choose from")
+                           f"what to compare, most with full: {', '.join(VARIANTS)}", "grid")
+    clip_count: int = option(11, "clips; the embedded world has any number", "grid", within=COUNT)
+    prompt_count: int = option(2, "target prompts per clip", "grid", within=COUNT)
+    seed_count: int = option(2, "sampling seeds per prompt", "grid", within=COUNT)
+    training_seeds: int = option(1, "trainings of each kind per clip", "grid", within=COUNT)
+    quick: bool = option(False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed", "grid")
+    invert_steps: int = option(mini_mi.INVERT_STEPS, "steps of the inversion that gives the start noise",
+                               "sampling", within=COUNT)
+    sample_batch: int = option(4, "samples made at once: 4 suits a CPU, a GPU likes more", "sampling",
+                               within=COUNT)
+    out: str = option("out/eval", "folder for the cells and the report; a second run goes on there", "output")
+    dtype: str = option(None, "of the UNet (default: float32, on CUDA float16 for large models)",
+                        "output", choices=("float32", "bfloat16", "float16"))
+    report: bool = option(False, "only the report again, of finished cells or else of results.json", "output")
+    ballot: bool = option(False, "only write ballot.html, on which people vote, of finished cells", "output")
+    ballot_variants: str = option(",".join(BALLOT_VARIANTS), "what people choose from", "output")
     votes: list = option(None, "only count these files, and folders of files, that voters saved, with "
-                               "ballot.json and results.json")
-    fps: int = None                 # of the ballot; no option
-    small: bool = False             # a model of the embedded world: data/make_tiny.py's UNets are narrow
+                               "ballot.json and results.json", "output")
+    # What only the model's folder says: the ballot's frames per second; that it knows data/world.py alone.
+    fps: float = 8
+    world: bool = False
 
 
 def parse(argv=None):
-    """Command line -> checked Settings, with the model's defaults for what was not given."""
-    s = mini_mi.parse_options(Settings, argv, "eval_mi.py", __doc__, DEFAULTS)
-    s.small = mini_mi.model_defaults(s.model) is mini_mi.MODEL_DEFAULTS["tiny"]
-    for name, value in DEFAULTS["tiny" if s.small else "other"].items():
-        if getattr(s, name) is None:
-            setattr(s, name, value)
-    mini_mi.check_ranges(s)
+    """Command line -> Settings: the paper's defaults, what the model's folder says, what was given."""
+    given = mini_mi.parse_given(Settings, argv, "eval_mi.py", __doc__)
+    model_says = mini_mi.model_settings(given.get("model", Settings.model))
+    s = mini_mi.merged(Settings, model_says, model_says.get("eval", {}), given)
     s.device = mini_mi.pick_device(s.device)
     if s.device == "cuda":                         # under torchrun every process of a machine takes its own
         # Where each task sees one card, as SLURM can have it, that is the one.
         card = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.device_count() > 1 else 0
         s.device = mini_mi.pick_device(f"cuda:{card}")
-    s.dtype = s.dtype or ("float16" if s.device.startswith("cuda") and not s.small else "float32")
+    s.dtype = s.dtype or ("float16" if s.device.startswith("cuda") and not s.world else "float32")
     for option_name in ("variants", "ballot_variants"):
         names = getattr(s, option_name).replace(",", " ").split()
         if unknown := [name for name in names if name not in VARIANTS]:
@@ -1529,7 +1527,7 @@ def parse(argv=None):
 
 
 def run(s):
-    """The report, the ballot or the votes; else this rank's share of the grid, then the first one's report."""
+    """The report, the ballot or the votes; else this rank's part of the grid, then the first one's report."""
     out, began = Path(s.out), time.perf_counter()
     if s.votes or s.report and not (out / "cells").is_dir():
         if not (out / "results.json").exists():

@@ -342,19 +342,19 @@ class DDIMScheduler:
         abar = torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
         return abar.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
-    def timesteps(self, n):
+    def timesteps(self, n, t_min=0.0):
         """The n steps of sampling, LongTensor (n,), descending: "leading" spacing, every T//n-th step.
 
-        UserError: they do not fit into the schedule.
+        UserError: they do not fit, or none of them is at t >= t_min * T, where embeddings act.
         """
+        first = (n - 1) * (self.T // max(n, 1)) + self.offset
         # T//n rounds down: 600 steps of 1000 would start from pure noise, but as if it were that of t = 599.
-        if not 1 <= n <= self.T or n * (self.T // n) < 0.75 * self.T or self.first(n) >= self.T:
+        if not 1 <= n <= self.T or n * (self.T // n) < 0.75 * self.T or first >= self.T:
             raise UserError(f"{n} DDIM steps do not fit into {self.T} timesteps; take another number")
+        if first < t_min * self.T:
+            raise UserError(f"embeddings that begin to act at {t_min} T never act in {n} DDIM steps, of which "
+                            f"the first is {first} of {self.T}: lower t_min, or take more sampling steps")
         return torch.arange(n).flip(0) * (self.T // n) + self.offset
-
-    def first(self, n):
-        """The first, noisiest, of n steps of sampling."""
-        return (n - 1) * (self.T // n) + self.offset
 
     def add_noise(self, x0, noise, t):
         """x_t from x_0."""
@@ -2035,6 +2035,8 @@ def parse_given(cls, argv, prog, description):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, groups = refuse, {}
     for f in dataclasses.fields(cls):
+        if not f.metadata:                                     # a field that only a model's folder can set
+            continue
         how = {"type": f.type, "choices": f.metadata.get("choices")}
         if f.type is bool:
             how = {"action": "store_false" if f.default else "store_true"}
@@ -2301,10 +2303,8 @@ def run(config, motion=None):
     # ---- load
     began = time.perf_counter()
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
-    models.scheduler.timesteps(config.sample_steps)      # steps that do not fit? now, not after the training
-    if models.scheduler.first(config.sample_steps) < motion.t_min * models.scheduler.T:
-        raise UserError(f"--t-min {motion.t_min}: with {config.sample_steps} --sample-steps the embeddings "
-                        "would never act; lower it, or take more steps")
+    # Steps that do not fit the schedule? Now, not after the training.
+    models.scheduler.timesteps(config.sample_steps, motion.t_min)
     if config.noise_prior > 0:
         models.scheduler.timesteps(INVERT_STEPS)
     record = Record(config, began)

@@ -37,6 +37,7 @@ SMALL = ["--clip-count", "3", "--prompt-count", "1", "--seed-count", "2", "--ste
 def model(tmp_path_factory):
     """A model folder in the layout of data/tiny: with a CLIP of its own."""
     folder = write_model(tmp_path_factory.mktemp("models") / "eval", unet=UNET)
+    shutil.copy(ROOT / "data" / "tiny" / "mini_mi.json", folder)
     vocab, merges = train_bpe(" ".join(world.all_captions()), 200)
     write_tokenizer(folder / "clip", vocab, merges, 16)
     text = dict(TOWER, vocab_size=len(vocab), max_position_embeddings=16, eos_token_id=vocab["<|endoftext|>"])
@@ -462,7 +463,7 @@ def test_a_lack_of_memory_damages_no_file(copy):
 
 def test_embeddings_that_would_never_act_are_refused(model, tmp_path, capsys):
     assert eval_mi.main(arguments(model, tmp_path, "--sample-steps", "2", "--t-min", "0.6")) == 2
-    assert "--t-min 0.6" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors"))
+    assert "act at 0.6 T never" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_judge_without_a_usable_tokenizer_is_one_line(model, tmp_path, capsys):
