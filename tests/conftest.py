@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# pytest.ini starts two processes: one thread for each, and for the programs they start. One process alone
+# takes two; the networks here are too small for more. torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
@@ -15,8 +18,14 @@ import torch  # noqa: E402
 
 import mini_mi  # noqa: E402
 
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # the networks here are small: more threads only wait
+SLOWEST_FIRST = ["test_eval_run", "test_cli", "test_tiny", "test_training", "test_ballot", "test_motion"]
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: at the end no process waits for a long one that another has just begun."""
+    rank = {name: n for n, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 # A four-level autoencoder (factor 8) and a two-level UNet with attention at both levels.
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 16, 32, 32],

@@ -1,4 +1,4 @@
-"""A GPU's stand-in: the whole path in float16 on torch's meta device, where a tensor left on the CPU raises.
+"""Training and sampling on torch's meta device, a GPU's stand-in: there a tensor left on the CPU raises.
 
 The meta device computes shapes, number formats and devices, and no values. What asks for a value (`if loss is
 finite`, `.item()`) is answered here for it, and the gradient scaler, which exists for real devices alone, is
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mini_mi
+from conftest import randomise, relative
 
 
 class NoScaler:
@@ -55,39 +56,51 @@ def test_a_tensor_on_another_device_raises(far):
         mini_mi.predict(far, x.to("meta"), 7, text.to("meta"), motion)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("loss", ["mse", "debiased", "hybrid"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_whole_path(far, loss, checkpointing, prediction):
-    """Encode, train, invert, sample, decode; every step of it where the model is, in its number format."""
+@pytest.fixture
+def calls(far):
+    """(device, number format) of what the UNet answers, call by call."""
+    seen = []
+    hook = far.unet.register_forward_hook(lambda _, inputs, out: seen.append((out.device.type, out.dtype)))
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("loss, checkpointing, prediction", [
+    ("mse", False, "epsilon"), ("debiased", False, "v_prediction"), ("hybrid", True, "epsilon"),
+])
+def test_training(far, calls, loss, checkpointing, prediction):
+    """Two steps, each where the model is; the UNet in its number format, the embeddings in float32."""
     far.scheduler = copy.copy(far.scheduler)
     far.scheduler.v_prediction = prediction == "v_prediction"
-    seen = []
-    hook = far.unet.register_forward_hook(
-        lambda module, inputs, out: seen.append((out.device.type, out.dtype)))
-    video = torch.zeros(1, 3, 4, 32, 32)
+    latents, text = torch.zeros(1, 4, 2, 4, 4, device="meta"), torch.zeros(1, 5, 32, device="meta")
+    shown = []
+    motion = mini_mi.train_motion(far, latents, text, steps=2, batch=2, loss=loss,
+                                  checkpointing=checkpointing, progress=False,
+                                  on_step=lambda step, motion: shown.append(step))
+    assert shown == [1, 2] and motion.losses.shape == (2,)
+    assert {(p.device.type, p.dtype) for p in motion.parameters()} == {("meta", torch.float32)}
+    assert set(calls) == {("meta", torch.float16)}
+    assert len(calls) > 2 if loss == "hybrid" else len(calls) == 2         # its LoRA has steps of its own
+
+
+def test_from_pixels_to_pixels(far, calls):
+    """Encode, invert, blend, sample with and without guidance, decode: the autoencoder in float32."""
+    video = torch.zeros(1, 3, 2, 32, 32)
     latents = mini_mi.encode_video(far, video, torch.Generator().manual_seed(0))
-    assert (latents.device.type == "meta" and latents.dtype == torch.float32
-            and latents.shape == (1, 4, 4, 4, 4))
     text = mini_mi.encode_prompt(far, ["a red star"])
     assert text.device.type == "meta" and text.dtype == torch.float16
-    shown = []
-    motion = mini_mi.train_motion(far, latents, text, steps=8, batch=2, loss=loss,
-                                  checkpointing=checkpointing,
-                                  on_step=lambda step, motion: shown.append(step), progress=False)
-    assert shown == list(range(1, 9)) and motion.losses.shape == (8,)
-    assert {p.device.type for p in motion.parameters()} == {"meta"}
-    assert {p.dtype for p in motion.parameters()} == {torch.float32}
-    inverted = mini_mi.ddim_invert(far, latents, text, 3, progress=False)
+    motion = mini_mi.MotionEmbeddings(far.unet, 2, 4, 4).to("meta").eval()
+    inverted = mini_mi.ddim_invert(far, latents, text, 2, progress=False)
     fresh = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(far.device)
     noise = mini_mi.blend_noise(inverted, fresh, 0.5)
-    for guidance in (1.0, 7.0):
-        out = mini_mi.sample(far, noise, text, text, 3, guidance, motion, progress=False)
-        assert out.device.type == "meta" and out.dtype == torch.float32 and out.shape == latents.shape
-    decoded = mini_mi.decode_video(far, out)
+    sampled = [mini_mi.sample(far, noise, text, text, 2, guidance, motion, progress=False)
+               for guidance in (1.0, 7.0)]
+    decoded = mini_mi.decode_video(far, sampled[1])
+    for result in (latents, inverted, noise, *sampled):
+        assert (result.device.type, result.dtype) == ("meta", torch.float32)
+        assert result.shape == (1, 4, 2, 4, 4)
     assert decoded.device.type == "meta" and decoded.shape == video.shape
-    assert set(seen) == {("meta", torch.float16)}
-    hook.remove()
+    assert set(calls) == {("meta", torch.float16)} and len(calls) == 6
 
 
 def test_embeddings_of_another_size(far):
@@ -97,3 +110,23 @@ def test_embeddings_of_another_size(far):
     assert mini_mi.predict(far, x, 7, text, motion).shape == x.shape
     motion.frames = None
     assert mini_mi.predict(far, x, 7, text, motion).shape == x.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-2), (torch.float16, 1e-2), (torch.bfloat16, 5e-2),
+])
+def test_on_a_gpu(tiny_random, models, dtype, tolerance):
+    """The real thing: the same numbers as on the CPU, and a training that stays finite."""
+    there = mini_mi.load_models(tiny_random, "cuda", dtype)
+    generator = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(shape, generator=generator) for shape in ((1, 4, 3, 4, 4), (1, 5, 32)))
+    motion = randomise(mini_mi.MotionEmbeddings(models.unet, 3, 4, 4)).eval()
+    with torch.no_grad():
+        expected = mini_mi.predict(models, x, 7, text, motion)
+        got = mini_mi.predict(there, x.cuda(), 7, text.cuda(), motion.cuda())
+    assert relative(got.cpu(), expected) < tolerance
+    for checkpointing in (False, True):
+        learned = mini_mi.train_motion(there, x.cuda(), text.cuda(), steps=3, checkpointing=checkpointing,
+                                       loss="hybrid", progress=False)
+        assert learned.losses.isfinite().all() and all(p.is_cuda and p.any() for p in learned.parameters())
