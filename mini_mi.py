@@ -40,7 +40,6 @@ import platform
 import re
 import shutil
 import signal
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -50,10 +49,9 @@ import unicodedata
 import urllib.error
 import urllib.request
 import warnings
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import ftfy
 import numpy as np
@@ -1238,9 +1236,9 @@ def one_line(error):
 
 def is_lack_of_memory(error):
     """torch has a class for it, but not for what allocators, drivers and CUDA's libraries say."""
+    said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    words = "out of memory|allocate memory|ALLOC_FAILED"
-    return known or isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+    return known or isinstance(error, RuntimeError) and bool(said)
 
 
 @contextlib.contextmanager
@@ -1248,8 +1246,7 @@ def atomic_write(path):
     """Yield a temporary path beside `path`, renamed to it when the block succeeds, else deleted: nobody meets
     a part of a file. The folder is created. UserError: the place cannot be written, the disk is full."""
     path = Path(path)
-    # The suffix stays last: PIL and ffmpeg choose the format by it. Machines that share a folder can have
-    # processes of one number.
+    # The suffix stays last: PIL and ffmpeg choose the format by it. Machines may share the folder.
     temporary = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1267,74 +1264,61 @@ def atomic_write(path):
 @contextlib.contextmanager
 def built_from(path, problem="cannot be used", advice="get it again"):
     """The guard at the door through which a file enters: whatever goes wrong while something is built from it
-    is one UserError that names the file. Only a lack of memory is not the file's fault.
-
-    A number where a list belongs or a missing field raises any error, anywhere: nothing inside checks for it.
-    """
+    is one UserError that names the file. Only a lack of memory is not the file's fault."""
     try:
         if os.path.isfile(path):
             with open(path, "rb") as file:
                 if file.read(40).startswith(b"version https://git-lfs.github.com/"):
                     raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
         yield
-    except UserError as error:
-        if str(path) in str(error):
-            raise                                               # a file in this folder is named already
-        raise UserError(f"{path}: {error}") from error
     except Exception as error:
-        if is_lack_of_memory(error):
-            raise
-        if getattr(error, "strerror", None):                                 # the file system's own errors
+        if is_lack_of_memory(error) or isinstance(error, UserError) and str(path) in str(error):
+            raise                                                        # a file in it is named already
+        if isinstance(error, UserError):
+            raise UserError(f"{path}: {error}") from error
+        if getattr(error, "strerror", None):                             # the file system's own errors
             raise UserError(f"{path} cannot be read ({error.strerror}); {advice}") from error
         raise UserError(f"{path} {problem} ({type(error).__name__}: {one_line(error)}); {advice}") from error
 
 
 def read_json(path):
     """The JSON object in a file, as a dict. UserError: missing, not JSON, not an object."""
-    with built_from(path, "is not valid JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))     # some editors begin with a mark
-        if not isinstance(value, dict):
-            raise UserError(f"a JSON object should be in it, not a {type(value).__name__}")
-    return value
+    with built_from(path, "is not a valid JSON object"):
+        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}  # some editors begin with a mark
 
 
 def read_config(kind, config, only=None, **fields):
     """The settings of a model as a namespace: field=default as in the reference library, unless in `config`.
 
-    only: {field: what is implemented, a value or a tuple of them, the default first}; of a list in `config`,
-    every element must be in it. Fields not named here are ignored: the strict load finds what adds weights.
+    only: {field: what is implemented, a value or a tuple of them, the default first}.
+    Fields not named here are ignored: the strict load finds what adds weights.
     """
-    only = {field: value if isinstance(value, tuple) else (value,) for field, value in (only or {}).items()}
-    fields = {**{field: values[0] for field, values in only.items()}, **fields}
-    settings = {field: config.get(field, default) for field, default in fields.items()}
-    for field, value in settings.items():
-        default, values = fields[field], value if isinstance(value, (list, tuple)) else [value]
-        if any(one not in only.get(field, values) for one in values):
-            raise UserError(f"{kind} config: {field} = {value} is not implemented, only {only[field]}")
-        # Most values of a wrong type fail where the part is built, see built_from; numbers may fail at use.
-        if type(default) in (int, float) and not (isinstance(value, (int, float))
-                                                  and (value > 0 or value >= default)):
-            raise UserError(f"{kind} config: {field} = {value!r} cannot be; a usual value is {default!r}")
+    settings = {}
+    for field, known in (only or {}).items():
+        known = known if isinstance(known, tuple) else (known,)
+        settings[field] = config.get(field, known[0])
+        if settings[field] not in known:
+            raise UserError(f"{kind} config: {field} = {settings[field]} is not implemented, only {known}")
+    for field, default in fields.items():
+        # Other values of a wrong type fail where the part is built; a number could fail at use.
+        convert = type(default) if type(default) in (int, float) else lambda value: value
+        settings[field] = convert(config.get(field, default))
     return SimpleNamespace(**settings)
 
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool}
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
-        try:   # mapped: pages load when they are used; not shared: writing into it does not change the file
-            data = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
-        except RuntimeError:                                       # a file system that maps no files
-            data = torch.from_numpy(np.fromfile(path, np.uint8))
-        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-        header, data, tensors, position = json.loads(data[8:start].numpy().tobytes()), data[start:], {}, 0
-        metadata = header.pop("__metadata__", {})
+        data = torch.from_numpy(np.fromfile(path, np.uint8))            # some file systems map no files
+        position = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+        header, data, tensors = json.loads(data[8:position].numpy().tobytes()), data[position:], {}
+        start, position, metadata = position, 0, header.pop("__metadata__", {})
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             if begin != position:                    # neither gap nor overlap; reshape checks the length
@@ -1349,19 +1333,12 @@ def read_safetensors(path):
 
 
 def load_tensors(path):
-    """{name: tensor on the CPU} from .safetensors, or from .bin / .pt / .pth without running code from it.
-
-    UserError: missing, truncated, offsets that lie, unknown dtype, a pickle that holds more than tensors.
-    """
+    """{name: tensor on the CPU} from .safetensors, or from a pickle (.bin, .pt, .pth), which is a program:
+    torch refuses every call in it but the few that build tensors. UserError: damaged, or of another form."""
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)[0]
-    # A pickle is a program; `weights_only` refuses every call but the few that build tensors.
-    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     with built_from(path, "was refused: it is damaged, or holds code or objects beside a dict of tensors"):
-        try:
-            tensors = load(mmap=zipfile.is_zipfile(path))
-        except RuntimeError:                                       # a file system that maps no files
-            tensors = load()
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -1372,7 +1349,7 @@ def save_safetensors(path, tensors, metadata=None):
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header, begin = {"__metadata__": metadata or {}}, 0
     for name, tensor in ordered:
-        end = begin + tensor.numel() * tensor.dtype.itemsize
+        end = begin + tensor.nbytes
         header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
         begin = end
     head = json.dumps(header).encode()
@@ -1408,23 +1385,20 @@ def weight_files(names, stem):
     """Those of the files `names` with the weights of a part: STEM.EXT, or all N of STEM-n-of-N.EXT;
     safetensors before pickles, full precision before ".fp16". UserError: there are none, or not all N."""
     pickled = re.sub(r"(^|/)model$", r"\1pytorch_model", stem)
-    fault = f"no weights, such as {stem}.safetensors"
     for base, kind in ((stem, "safetensors"), (pickled, "bin")):
-        for form in ("{}.{}", "{}-#.{}", "{}.fp16.{}", "{}.fp16-#.{}", "{}-#.fp16.{}"):
-            # Pieces carry n-of-N, which # stands for.
-            pattern = re.escape(form.format(base, kind)).replace(r"\#", r"\d+-of-(\d+)")
-            found = [match for match in (re.fullmatch(pattern, name) for name in sorted(names)) if match]
-            if found and ("#" not in form or all(int(match[1]) == len(found) for match in found)):
+        for form in ("", r"-\d+-of-(\d+)", r"\.fp16", r"\.fp16-\d+-of-(\d+)", r"-\d+-of-(\d+)\.fp16"):
+            pattern = re.compile(rf"{re.escape(base)}{form}\.{kind}")
+            found = [match for match in map(pattern.fullmatch, sorted(names)) if match]
+            if found and (not pattern.groups or len(found) == int(found[0][1])):
                 return [match[0] for match in found]
-            if found:
-                fault = f"only {len(found)} of {int(found[0][1])} files such as {found[0][0]}"
-    raise UserError(f"{fault}: this is no whole model in diffusers layout")
+    raise UserError(f"no weights, such as {stem}.safetensors, or not all pieces: this is no whole model")
 
 
 def part_config(folder, build):
     """config.json of a part. UserError: it describes another class than `build`."""
-    config, needed = read_json(folder / "config.json"), build.__name__
-    with built_from(folder / "config.json"):
+    path, needed = folder / "config.json", build.__name__
+    with built_from(path):
+        config = read_json(path)
         found = config.get("_class_name") or (config.get("architectures") or [needed])[0]
         if found != needed:
             raise UserError(f"its class is {found}, and {needed} is needed: take a model that has one")
@@ -1448,31 +1422,28 @@ def load_module(build, folder, stem, device, dtype):
                                 "which cannot be used here: get its float16 or float32 weights")
             if not value.isfinite().all():
                 raise UserError(f"{path} has values that are not finite in {key}; get the file again")
-            key = re.sub(r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
-                         lambda match: OLD_ATTENTION[match[0]], key)
+            for old, new in OLD_ATTENTION.items():
+                key = key.replace(f"mid_block.attentions.0.{old}.", f"mid_block.attentions.0.{new}.")
             prefix = "text_model." if f"text_model.{key}" in expected else ""   # transformers 5 leaves it out
-            tensors[prefix + key] = value
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
-    if missing or extra or wrong:
-        raise UserError(f"{paths[0]} does not fit its config.json: {len(missing)} tensors missing "
-                        f"{missing[:2]}, {len(extra)} unknown {extra[:2]}, {len(wrong)} of another shape "
-                        f"{wrong[:2]}")
-    module.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
-    parameters = sum(v.numel() for v in tensors.values())
+            tensors[prefix + key] = value.to(device, dtype)
+    shapes, found = ({(key, tuple(value.shape)) for key, value in state.items()}
+                     for state in (expected, tensors))
+    if shapes != found:
+        raise UserError(f"{paths[0]} does not fit its config.json: missing {sorted(shapes - found)[:2]}, "
+                        f"unknown {sorted(found - shapes)[:2]}; get both from one model")
+    module.load_state_dict(tensors, strict=True, assign=True)
+    parameters = sum(value.numel() for value in tensors.values())
     print(f"loaded {len(tensors)} tensors, {parameters:,} parameters: {folder.name}")
     return module.eval().requires_grad_(False)
 
 
 def local_folder(model):
-    """The folder that `model` names on this machine, or None if it names a hub repository."""
-    folder, repo = HERE / "data" / "tiny" if model == "tiny" else Path(model), str(model).partition("@")[0]
-    if (folder / "unet").is_dir():
-        return folder
-    if repo not in ALIASES and (folder.exists() or repo.count("/") != 1):
-        raise UserError(f"{folder} is no model folder: there is no unet/ in it; give a folder in diffusers "
-                        f"layout, a hub repository (owner/name[@revision]), tiny or {', '.join(ALIASES)}")
-    return None
+    """The folder that `model` names, one of data/ or any other, or None if it names a hub repository."""
+    for folder in (HERE / "data" / model, Path(model)):
+        if (folder / "unet").is_dir():
+            return folder
+    if Path(model).exists():
+        raise UserError(f"{model} is no model folder in diffusers layout: there is no unet/ in it")
 
 
 def model_folder(model):
@@ -1489,56 +1460,35 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     """Models from a folder in diffusers layout or from a hub repository; `dtype` is not the autoencoder's:
     in float16 it can overflow, and it costs little next to the UNet, so it stays float32."""
     folder = model_folder(folder_or_repo)
-    schedule = folder / "scheduler" / "scheduler_config.json"
-    # Both parts without weights are tried, too: a value of the wrong kind may show only at use.
     with built_from(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        tokenizer(["a"])
+    schedule = folder / "scheduler" / "scheduler_config.json"
     with built_from(schedule):
-        config = read_json(schedule)
-        scheduler = DDIMScheduler(config)
+        scheduler = DDIMScheduler(read_json(schedule))
         scheduler.timesteps(1)
-    if (name := config.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
-        print(f"scheduler: the noise schedule of {name} is taken; sampling is by DDIM")
-    text_encoder, vae, unet = (
-        load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
-        for part, (build, stem) in PARTS.items())
-    embeddings, last = text_encoder.text_model.embeddings, max(tokenizer.vocab.values())
-    known, length = embeddings.token_embedding.num_embeddings, embeddings.position_embedding.num_embeddings
-    if last >= known or tokenizer.length > length:
-        raise UserError(f"{folder / 'tokenizer'} gives {tokenizer.length} tokens, of numbers up to {last}; "
-                        f"the text encoder takes {length} below {known}: get both from one model")
-    return Models(tokenizer, text_encoder, vae, unet, scheduler)
+    networks = [load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
+                for part, (build, stem) in PARTS.items()]
+    models = Models(tokenizer, *networks, scheduler)
+    # Trying the parts without weights, and one prompt with the last token: some faults show only at use.
+    with built_from(folder / "text_encoder", "does not fit the tokenizer", "get both from one model"):
+        encode_prompt(models, [max(tokenizer.vocab, key=tokenizer.vocab.get)])
+    return models
 
 
 # ---- Hub: files of a repository, fetched into the cache of huggingface_hub, which can use them as well
 
-# Errors of the network, of which many are over a moment later.
-NETWORK_ERRORS = ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException, ssl.SSLError
-
-
-def needed_files(listed, parts, weights):
-    """The files, of those `listed` in a repository, that these parts need; UserError: one is missing.
-
-    What a model may lack comes first: an interrupted download, which has these alone, does not look whole.
-    """
-    optional, needed = ["model_index.json", "mini_mi.json"], []
+def needed_files(names, parts, weights):
+    """Those of the files `names` that these parts of a model need. Weights come last: an interrupted download
+    does not look whole. UserError: a part is missing."""
+    small = [name for name in names
+             if name.endswith((".json", ".txt")) and os.path.dirname(name) in ("", *parts)]
+    large = []
     for part in parts:
-        inside = f"{part}/" if part else ""
-        if part in ("tokenizer", ""):
-            optional += [f"{inside}{name}.json"
-                         for name in ("added_tokens", "special_tokens_map", "tokenizer_config")]
-            whole = f"{inside}tokenizer.json"
-            needed += [whole] if whole in listed else [f"{inside}merges.txt", f"{inside}vocab.json"]
-        if part == "scheduler":
-            needed.append("scheduler/scheduler_config.json")
-        elif part != "tokenizer":
-            stem = PARTS[part][1] if part else "model"
-            needed += [f"{inside}config.json", *(weight_files(listed, inside + stem) if weights else [])]
-    for name in needed:
-        if name not in listed:
-            raise UserError(f"no {name}: this is no whole model in diffusers layout")
-    return [name for name in optional if name in listed] + needed
+        if part not in map(os.path.dirname, small):
+            raise UserError(f"no files in {part}/: this is no whole model in diffusers layout")
+        if weights and part in ("", *PARTS):
+            large += weight_files(names, f"{part}/{PARTS[part][1]}" if part else "model")
+    return small + large
 
 
 def hub_path(variable, below):
@@ -1547,36 +1497,28 @@ def hub_path(variable, below):
     return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the token where the hub sends on to itself, as it does for small files."""
-
-    def redirect_request(self, request, *answer):
-        following, token = super().redirect_request(request, *answer), request.get_header("Authorization")
-        if following and token and urlsplit(following.full_url)[:2] == urlsplit(request.full_url)[:2]:
-            following.add_unredirected_header("Authorization", token)
-        return following
-
-
 def hub_open(path, **headers):
     """The hub's open answer to a GET. Other hosts, to which it sends on for large files, see no token."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN", "").strip()
-    with contextlib.suppress(OSError, RuntimeError, UnicodeDecodeError):  # what `hf auth login` stored
-        token = token or hub_path("HF_TOKEN_PATH", "token").read_text("utf-8").strip()
-    if not endpoint.startswith(("http://", "https://")) or not re.fullmatch("[!-~]*", token):
-        raise UserError("HF_ENDPOINT should look like https://huggingface.co, and a token (HF_TOKEN, or the "
-                        "file of `hf auth login`) has letters, digits and signs alone")
+    file = hub_path("HF_TOKEN_PATH", "token")                           # what `hf auth login` stored
+    token = os.environ.get("HF_TOKEN") or (file.read_text() if file.is_file() else "")
     request = urllib.request.Request(f"{endpoint}/{path}", headers=headers)
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    return urllib.request.build_opener(Redirects).open(request, timeout=30)
+    if token.strip():                         # quoted: what is no token goes to the hub and not into an error
+        request.add_unredirected_header("Authorization", f"Bearer {quote(token.strip(), safe='+/=')}")
+    try:
+        return urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise UserError(f"{error}: no such repository, or a gated one: accept its terms on its page "
+                            "and set HF_TOKEN") from error
+        if error.code == 404:
+            raise UserError(f"{error}: check the name and the revision") from error
+        raise
 
 
 def download(path, target, size, sha256):
-    """Bring `path` of the hub to `target` by way of a part, which a later call continues; check the content.
-
-    Processes may do this at once: they write the same bytes to the same places, and none shortens the part.
-    """
+    """Bring `path` of the hub to `target` by way of a .part, which a later call continues; check the whole.
+    Processes may do this at once: they write the same bytes to the same places; none shortens the part."""
     if target.is_file():
         return
     part, digest = target.with_name(f"{target.name}.part"), hashlib.sha256()
@@ -1584,9 +1526,8 @@ def download(path, target, size, sha256):
     part.touch()
     with open(part, "r+b") as file:
         begin = file.seek(0, os.SEEK_END) if sha256 else 0       # without a hash it could be anything
-        if begin < size:                                         # else: ended before the check below
-            asked = {"Range": f"bytes={begin}-"} if begin else {}
-            with hub_open(path, **asked) as answer, tqdm.wrapattr(
+        if begin < size:
+            with hub_open(path, Range=f"bytes={begin}-") as answer, tqdm.wrapattr(
                     file, "write", size, initial=begin, desc=target.name, disable=not sha256) as watched:
                 file.seek(begin if answer.status == 206 else 0)  # 200: a server that sends all of it
                 shutil.copyfileobj(answer, watched, 1 << 20)
@@ -1599,8 +1540,7 @@ def download(path, target, size, sha256):
     if not whole:
         part.unlink(missing_ok=True)
         raise UserError(f"{path} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
-    if not target.is_file():                                     # else another process was faster
-        os.replace(part, target)
+    os.replace(part, target)
 
 
 def fetch(repo, *parts, weights=True):
@@ -1614,50 +1554,40 @@ def fetch(repo, *parts, weights=True):
     repo, _, revision = str(repo).partition("@")
     repo, revision = ALIASES.get(repo, repo), revision or "main"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*", f"{repo}@{revision}") or ".." in revision:
-        raise UserError(f"{repo} is neither a model folder nor a hub repository (owner/name[@revision])")
-    try:
+        raise UserError(f"{repo} is no model folder and no hub repository (owner/name[@revision])")
+    advice = "check the network, HF_ENDPOINT and the room in HF_HOME; the next run goes on with what came"
+    with built_from(repo, "cannot be fetched", advice):
         store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
         reference = store / "refs" / revision                    # holds the commit that it was
         commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
         folder = store / "snapshots" / commit
-        try:
+        with contextlib.suppress(UserError):
             here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             needed_files(here, parts, weights)
             return folder
-        except UserError as lack:
-            if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-                raise UserError(f"{folder} has {lack}; HF_HUB_OFFLINE forbids to fetch it: unset it, or "
-                                "check HF_HOME and HF_HUB_CACHE") from lack
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise UserError(f"{folder} is not whole, and HF_HUB_OFFLINE forbids to fetch it: unset it")
         with hub_open(f"api/models/{repo}/revision/{quote(commit, safe='')}?blobs=true") as answer:
-            content = answer.read()
-        with built_from(f"the hub's answer on {repo}", "is no list of files", "check HF_ENDPOINT"):
-            found = json.loads(content)
-            sha = re.fullmatch(r"\w+", found["sha"])[0]
-            files = {file["rfilename"]: (int(file["size"]), (file.get("lfs") or {}).get("sha256"))
-                     for file in found["siblings"]}              # small files have no SHA-256 there
-        with built_from(repo):
-            names = needed_files(files, parts, weights)
+            listed = json.load(answer)
+        sha = re.fullmatch(r"\w+", listed["sha"])[0]
+        files = {file["rfilename"]: file for file in listed["siblings"]}
+        names = needed_files(files, parts, weights)
         if sha != commit:
             with atomic_write(reference) as temporary:
                 temporary.write_text(sha)
-        folder = store / "snapshots" / sha
         for name in names:
-            for wait in (0.5, 1, 2, 4, 0):
+            sha256 = files[name].get("lfs", {}).get("sha256")    # the hub has one for large files only
+            # A small file comes by `raw` without a redirect, which would lose the token.
+            path = f"{repo}/{'resolve' if sha256 else 'raw'}/{sha}/{quote(name)}"
+            for wait in (1, 2, 4, None):
                 try:
-                    download(f"{repo}/resolve/{sha}/{quote(name)}", folder / name, *files[name])
+                    download(path, store / "snapshots" / sha / name, files[name]["size"], sha256)
                     break
-                except NETWORK_ERRORS as error:
-                    if not wait or getattr(error, "code", 500) < 500:
+                except (OSError, http.client.HTTPException):
+                    if wait is None:
                         raise
                     time.sleep(wait)
-        return folder
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
-        status = getattr(error, "code", None)
-        advice = ("no such repository, or a gated one: accept its terms on its page and set HF_TOKEN"
-                  if status in (401, 403) else "check the name and the revision" if status == 404
-                  else "check the network and run it again; what came is kept"
-                  if isinstance(error, NETWORK_ERRORS) else "make room or set HF_HOME to another folder")
-        raise UserError(f"cannot fetch {repo} ({one_line(error)}): {advice}") from error
+        return store / "snapshots" / sha
 
 
 # ---- Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else

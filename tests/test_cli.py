@@ -425,7 +425,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
     ("vae/config.json", edit_json(act_fn="relu"), "act_fn"),
     ("unet/config.json", edit_bytes(lambda b: b[:-9]), "JSON"),
     ("unet/config.json", edit_json(block_out_channels=[32, 32]), "does not fit its config"),
-    ("vae/config.json", edit_json(layers_per_block=2), "tensors missing"),
+    ("vae/config.json", edit_json(layers_per_block=2), "missing .*decoder"),
     ("scheduler/scheduler_config.json", edit_json(prediction_type="sample"), "prediction_type"),
     ("text_encoder/config.json", edit_json(hidden_act="relu"), "hidden_act"),
     (WEIGHTS, edit_bytes(lambda b: b[:len(b) // 2]), "truncated"),
@@ -452,7 +452,7 @@ def test_unknown_models(bad, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     bad("no model folder", model="nosuch")
     bad("no model folder", model=tmp_path / "folder")
-    bad("cannot fetch", model="owner/nosuch")
+    bad("cannot be fetched", model="owner/nosuch")
 
 
 def test_bad_motion_files(bad, tmp_path):

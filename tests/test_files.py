@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import random
 import shutil
@@ -73,12 +74,13 @@ def test_writing_into_a_loaded_tensor_leaves_the_file_alone(tmp_path):
 def test_a_file_that_cannot_be_mapped_is_read(tmp_path, monkeypatch, name):
     """Some network and container file systems map no files (ENODEV)."""
     def refuse(*args, **options):
-        raise RuntimeError("unable to mmap 80 bytes from file <x>: No such device (19)")
+        raise OSError(19, "No such device")
 
     save = torch.save if name == "x.bin" else lambda tensors, path: mini_mi.save_safetensors(path, tensors)
     save({"x": torch.arange(4.0)}, tmp_path / name)
     monkeypatch.setattr(torch, "from_file", refuse)
     monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     assert mini_mi.load_tensors(tmp_path / name)["x"].tolist() == [0, 1, 2, 3]
     (tmp_path / "empty.safetensors").touch()
     refused(tmp_path / "empty.safetensors", "no safetensors file")
@@ -188,10 +190,9 @@ def test_read_json(tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):                     # the second begins with a byte order mark
         path.write_text('{"a": "\u00e9"}', encoding=encoding)
         assert mini_mi.read_json(path) == {"a": "\u00e9"}
-    for content, match in ((b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff", "not valid JSON"),
-                           (b"[" * 100_000, "not valid JSON"), (b"[1]", "JSON object")):
+    for content in (b"", b"{", b"\xff", b"[" * 100_000, b"[1]", b"[]", b'""', b"null"):
         path.write_bytes(content)
-        with pytest.raises(mini_mi.UserError, match=match):
+        with pytest.raises(mini_mi.UserError, match="config.json is not a valid JSON object"):
             mini_mi.read_json(path)
     with pytest.raises(mini_mi.UserError, match="cannot be read .No such file"):
         mini_mi.read_json(tmp_path / "missing.json")
@@ -285,7 +286,7 @@ def test_a_missing_shard_is_told(tmp_path, tiny_random):
     folder = shutil.copytree(tiny_random / "unet", tmp_path / "unet")
     rewrite(folder, "-")
     next(folder.glob("*-00002-*")).unlink()
-    with pytest.raises(mini_mi.UserError, match="unet: only 2 of 3 files such as .*-00001-of-00003.safe"):
+    with pytest.raises(mini_mi.UserError, match="unet: no weights, .* or not all pieces"):
         load_part(folder, "unet")
 
 
@@ -326,7 +327,7 @@ def test_a_part_of_another_class_is_named(tmp_path, tiny_random, part, changes, 
     ("unet/config.json", dict(block_out_channels=["a", "b"])),
     ("unet/config.json", dict(layers_per_block="two")),
     ("unet/config.json", dict(norm_num_groups=0)), ("unet/config.json", dict(attention_head_dim=None)),
-    ("vae/config.json", dict(block_out_channels=16)), ("vae/config.json", dict(scaling_factor="0.18")),
+    ("vae/config.json", dict(block_out_channels=16)), ("vae/config.json", dict(scaling_factor=[0.18])),
     ("vae/config.json", dict(latent_channels=-4)), ("text_encoder/config.json", dict(hidden_size=[32])),
     ("text_encoder/config.json", dict(num_attention_heads=0)),
     ("text_encoder/config.json", dict(vocab_size={})),
@@ -352,13 +353,13 @@ def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tin
 
 
 def test_unknown_fields_are_ignored_and_known_ones_are_not(tmp_path):
-    fields = dict(only=dict(form="a", one=("b", "c"), parts=(1, 2)),
-                  width=4, parts=(1, 2, 2), rate=0.5, other=None)
+    fields = dict(only=dict(form="a", one=("b", "c")), width=4, parts=(1, 2, 2), rate=0.5, other=None)
     config = mini_mi.read_config("x", dict(width=8, magic=True, rate=1, other=[3], _private=0), **fields)
     assert vars(config) == dict(width=8, form="a", one="b", parts=(1, 2, 2), rate=1, other=[3])
     assert mini_mi.read_config("x", dict(one="c", parts=[2, 1]), **fields).parts == [2, 1]
-    for bad, match in ((dict(form="b"), "form = b is not implemented"), (dict(width="8"), "width = '8'"),
-                       (dict(width=-4), "width = -4"), (dict(rate=[1]), "rate"),
-                       (dict(parts=[1, 3]), "not implemented")):
-        with pytest.raises(mini_mi.UserError, match=match):
+    for bad in (dict(form="b"), dict(one=["b"]), dict(one="a")):
+        with pytest.raises(mini_mi.UserError, match=f"{min(bad)} = .* is not implemented"):
+            mini_mi.read_config("x", bad, **fields)
+    for bad in (dict(width=None), dict(rate=[1]), dict(rate="half")):
+        with pytest.raises((TypeError, ValueError)):                       # which `built_from` makes one line
             mini_mi.read_config("x", bad, **fields)

@@ -180,10 +180,10 @@ def test_a_token_without_a_number_is_refused_at_load(tmp_path, number):
 
 
 @pytest.mark.parametrize("name, content, match", [
-    ("added_tokens.json", '{"<dog>": 10000}', "gives 16 tokens, of numbers up to 10000"),
-    ("tokenizer_config.json", '{"model_max_length": 77}', "gives 77 tokens.*; the text encoder takes 16 ")])
+    ("added_tokens.json", '{"<dog>": 10000}', "does not fit the tokenizer .*index out of range"),
+    ("tokenizer_config.json", '{"model_max_length": 77}', "does not fit the tokenizer .*77.*16")])
 def test_a_tokenizer_of_another_text_encoder_is_refused(tmp_path, tiny_random, name, content, match):
-    """At load, and not by an index out of range when a prompt is encoded."""
+    """At load, and not when a prompt is encoded."""
     model = shutil.copytree(tiny_random, tmp_path / "model")
     (model / "tokenizer" / name).write_text(content)
     with pytest.raises(mini_mi.UserError, match=match):
