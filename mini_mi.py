@@ -1540,7 +1540,8 @@ def download(path, target, size, sha256):
     if not whole:
         part.unlink(missing_ok=True)
         raise UserError(f"{path} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
-    os.replace(part, target)
+    if not target.is_file():                                     # else another process was faster
+        os.replace(part, target)
 
 
 def fetch(repo, *parts, weights=True):
@@ -1579,7 +1580,7 @@ def fetch(repo, *parts, weights=True):
             sha256 = files[name].get("lfs", {}).get("sha256")    # the hub has one for large files only
             # A small file comes by `raw` without a redirect, which would lose the token.
             path = f"{repo}/{'resolve' if sha256 else 'raw'}/{sha}/{quote(name)}"
-            for wait in (1, 2, 4, None):
+            for wait in (0.5, 1, 2, 4, None):
                 try:
                     download(path, store / "snapshots" / sha / name, files[name]["size"], sha256)
                     break
