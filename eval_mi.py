@@ -1465,33 +1465,28 @@ AFTERWARDS = "out", "report", "ballot", "ballot_variants", "votes"        # sett
 @dataclasses.dataclass
 class Settings(mini_mi.SharedConfig):
     """Everything that a user can set; the command line is made from it."""
-    clip_model: str = option(None, "CLIP folder or repository (default: MODEL/clip, else OpenAI's ViT-B/32)",
-                             "judges")
-    tracker: str = option("lk", "built-in Lucas-Kanade, or CoTracker 3, fetched", "judges",
-                          choices=("lk", "cotracker"))
-    grid: int = option(16, "tracked points per side; the paper's CoTracker takes 55", "judges", within=COUNT)
-    clips: str = option(None, "folder with clips.json: NAME -> caption, motion, prompts (default: rendered "
-                              "for the embedded models, else data/clips, of 16 frames)", "grid")
-    split: str = option("test", "which clips of the embedded world", "grid", choices=("test", "validation"))
-    variants: str = option(",".join(DEFAULT_VARIANTS),
-                           f"what to compare, most with full: {', '.join(VARIANTS)}", "grid")
-    clip_count: int = option(11, "clips; the embedded world has any number", "grid", within=COUNT)
-    prompt_count: int = option(2, "target prompts per clip", "grid", within=COUNT)
-    seed_count: int = option(2, "sampling seeds per prompt", "grid", within=COUNT)
-    training_seeds: int = option(1, "trainings of each kind per clip", "grid", within=COUNT)
-    quick: bool = option(False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed", "grid")
-    invert_steps: int = option(mini_mi.INVERT_STEPS, "steps of the inversion that gives the start noise",
-                               "sampling", within=COUNT)
-    sample_batch: int = option(4, "samples made at once: 4 suits a CPU, a GPU likes more", "sampling",
-                               within=COUNT)
-    out: str = option("out/eval", "folder for the cells and the report; a second run goes on there", "output")
-    dtype: str = option(None, "of the UNet (default: float32, on CUDA float16 for large models)",
-                        "output", choices=("float32", "bfloat16", "float16"))
-    report: bool = option(False, "only the report again, of finished cells or else of results.json", "output")
-    ballot: bool = option(False, "only write ballot.html, on which people vote, of finished cells", "output")
-    ballot_variants: str = option(",".join(BALLOT_VARIANTS), "what people choose from", "output")
-    votes: list = option(None, "only count these files, and folders of files, that voters saved, with "
-                               "ballot.json and results.json", "output")
+    clip_model: str = option("judges", None, "CLIP, folder or repository; default: MODEL/clip or ViT-B/32")
+    tracker: str = option("judges", "lk", "Lucas-Kanade, or CoTracker 3", choices=("lk", "cotracker"))
+    grid: int = option("judges", 16, "tracked points per side; the paper's CoTracker takes 55", *COUNT)
+    clips: str = option("grid", None, "folder with clips.json: NAME -> caption, motion, prompts (default: "
+                        "rendered for the embedded models, else data/clips, of 16 frames)")
+    split: str = option("grid", "test", "which clips of the embedded world", choices=("test", "validation"))
+    variants: str = option("grid", ",".join(DEFAULT_VARIANTS), f"to compare, of {', '.join(VARIANTS)}")
+    clip_count: int = option("grid", 11, "clips; the embedded world has any number", *COUNT)
+    prompt_count: int = option("grid", 2, "target prompts per clip", *COUNT)
+    seed_count: int = option("grid", 2, "sampling seeds per prompt", *COUNT)
+    training_seeds: int = option("grid", 1, "trainings of each kind per clip", *COUNT)
+    quick: bool = option("grid", False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
+    invert_steps: int = option("sampling", mini_mi.INVERT_STEPS, "steps of the DDIM inversion", *COUNT)
+    sample_batch: int = option("sampling", 4, "samples made at once: 4 suits a CPU, a GPU likes more", *COUNT)
+    out: str = option("output", "out/eval", "folder for cells and report; a second run goes on there")
+    dtype: str = option("output", None, "of the UNet (default: float32, on CUDA float16 for large models)",
+                        choices=("float32", "bfloat16", "float16"))
+    report: bool = option("output", False, "only the report again, of finished cells or else of results.json")
+    ballot: bool = option("output", False, "only write ballot.html, on which people vote, of finished cells")
+    ballot_variants: str = option("output", ",".join(BALLOT_VARIANTS), "what people choose from")
+    votes: list = option("output", None, "only count these files, and folders of files, that voters saved; "
+                         "needs ballot.json and results.json")
     # What only the model's folder says: the ballot's frames per second; that it knows data/world.py alone.
     fps: float = 8
     world: bool = False

@@ -350,8 +350,8 @@ class DDIMScheduler:
         if not 1 <= n <= self.T or n * (self.T // n) < 0.75 * self.T or first >= self.T:
             raise UserError(f"{n} DDIM steps do not fit into {self.T} timesteps; take another number")
         if first < t_min * self.T:
-            raise UserError(f"embeddings that begin to act at {t_min} T never act in {n} DDIM steps, of which "
-                            f"the first is {first} of {self.T}: lower t_min, or take more sampling steps")
+            raise UserError(f"embeddings that act from {t_min} T on never act in {n} DDIM steps, the first "
+                            f"of them {first} of {self.T}: lower t_min, or take more sampling steps")
         return torch.arange(n).flip(0) * (self.T // n) + self.offset
 
     def add_noise(self, x0, noise, t):
@@ -1881,62 +1881,60 @@ DEFAULT_CLIP = "pendulum_2"         # of data/clips, the one that inverted noise
 INVERT_STEPS = 50                   # of the DDIM inversion, whatever --sample-steps is: the authors'
 
 
-def option(default, about, group, **extra):
-    """A setting: default, --help text and group there; extra: flag, choices, within (least, most)."""
-    return dataclasses.field(default=default, metadata={"about": about, "group": group, **extra})
+def option(group, default, about, least=-math.inf, most=math.inf, **extra):
+    """A setting: its group in --help, default, what --help says, range; extra: choices, flag."""
+    return dataclasses.field(default=default, metadata=dict(
+        group=group, about=about, least=least, most=most, **extra))
 
 
 @dataclasses.dataclass
 class SharedConfig:
     """The settings that eval_mi.py has, too. The defaults are the paper's, for ZeroScope."""
-    model: str = option("tiny", "tiny or tiny16 (embedded), zeroscope, owner/name or a folder", "reference")
-    frames: int = option(24, "frames of the clips", "reference", within=(2, 1e4))
-    size: str = option("576x320", "WIDTHxHEIGHT in pixels", "reference")
-    t_min: float = option(0.0, "share of diffusion steps, the least noisy, without embeddings", "method",
-                          within=(0, 0.99))
-    steps: int = option(350, "training steps", "training", within=(1, 1e6))
-    lr: float = option(0.02, "learning rate", "training", within=(1e-9, 1e3))
-    lr_schedule: str = option("constant", "constant, or falling to zero", "training",
-                              choices=("constant", "cosine"))
-    batch: int = option(1, "noise levels in every training step", "training", within=(1, 1e4))
-    loss: str = option("mse", "debiased: MotionDirector's, unrelated to --debias; hybrid: and its LoRA",
-                       "training", choices=("mse", "debiased", "hybrid"))
-    checkpointing: bool = option(False, "recompute activations: slower, much less memory", "training")
-    sample_steps: int = option(30, "DDIM steps", "sampling", within=(1, 1e5))
-    guidance: float = option(12.0, "classifier-free guidance; up to 1: none", "sampling", within=(-1e3, 1e3))
-    noise_prior: float = option(0.5, "share of the inverted reference in the start noise", "sampling",
-                                within=(0, 1))
-    device: str = option("auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu", "output")
+    model: str = option("reference", "tiny", "tiny (embedded), zeroscope, owner/name[@revision] or a folder")
+    frames: int = option("reference", 24, "frames of the clips", 2, 1e4)
+    size: str = option("reference", "576x320", "WIDTHxHEIGHT in pixels")
+    t_min: float = option("method", 0.0, "share of diffusion steps, the least noisy, left out", 0, 0.99)
+    steps: int = option("training", 350, "training steps", 1, 1e6)
+    lr: float = option("training", 0.02, "learning rate", 1e-9, 1e3)
+    lr_schedule: str = option("training", "constant", "or falling to zero", choices=("constant", "cosine"))
+    batch: int = option("training", 1, "noise levels in every training step", 1, 1e4)
+    loss: str = option("training", "mse", "debiased: MotionDirector's, not --debias; hybrid: with its LoRA",
+                       choices=("mse", "debiased", "hybrid"))
+    checkpointing: bool = option("training", False, "recompute activations: slower, much less memory")
+    sample_steps: int = option("sampling", 30, "DDIM steps", 1, 1e5)
+    guidance: float = option("sampling", 12.0, "classifier-free guidance; up to 1: none", -1e3, 1e3)
+    noise_prior: float = option("sampling", 0.5, "share of the inverted reference in the start noise", 0, 1)
+    device: str = option("output", "auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu")
 
 
 @dataclasses.dataclass
 class Config(SharedConfig):
     """All settings of a run. The command line is made from this class, and run.json records it."""
-    video: str = option(None, "GIF, WebP, APNG, film, folder of pictures; default: our own", "reference")
-    start: float = option(0.0, "second of the reference to begin at", "reference", within=(0, 1e6))
-    duration: float = option(None, "seconds of it; default: all that follow", "reference", within=(1e-3, 1e6))
-    source_prompt: str = option(None, "what the reference shows; clips.json may say it", "reference")
-    use_mqk: bool = option(True, "ablation: without Motion Query-Key embedding", "method", flag="--no-mqk")
-    use_mv: bool = option(True, "ablation: without Motion Value embedding", "method", flag="--no-mv")
-    debias: str = option("diff", "how MV is debiased", "method", choices=("diff", "mean", "none"))
-    debias_in_training: bool = option(False, "debias MV in training, too (not in the paper)", "method")
-    mqk_dims: int = option(1, "MQK per frame (1) or per frame and position (2)", "method", choices=(1, 2))
-    mv_dims: int = option(2, "MV per frame (1) or per frame and position (2)", "method", choices=(1, 2))
-    levels: tuple = option((), "UNet levels with embeddings, as in 1,2; default: the deepest", "method")
-    motion_type: str = option("object", "camera: no MV when sampling", "method", choices=("object", "camera"))
-    motion_file: str = option(None, "reuse this motion file; nothing is trained", "training", flag="--motion")
-    snapshots: tuple = option((), "also keep the embeddings of these steps, as in 50,100", "training")
-    prompts: tuple = option((), "what to show instead; again for more clips", "sampling", flag="--prompt")
-    negative_prompt: str = option("", "what to keep away from", "sampling")
-    seed: int = option(0, "random seed of training and sampling", "sampling", within=(0, 2 ** 62))
-    seeds: int = option(1, "clips per prompt, of as many seeds in a row", "sampling", within=(1, 1e4))
-    compare: bool = option(True, "no clips without embeddings", "sampling", flag="--no-compare")
-    out: str = option("out", "folder for the results; if it holds a run: out-2, out-3, ...", "output")
-    fps: float = option(8, "frames per second of what is written", "output", within=(1, 500))
-    format: str = option("gif", "kind of file for the clips", "output", choices=("gif", "webp", "mp4"))
-    dtype: str = option("auto", "of the UNet; auto: float16 on cuda, float32 elsewhere", "output",
+    video: str = option("reference", None, "GIF, WebP, APNG, film, folder of pictures; default: one of ours")
+    start: float = option("reference", 0.0, "second of the reference to begin at", 0, 1e6)
+    duration: float = option("reference", None, "seconds of it; default: all that follow", 1e-3, 1e6)
+    source_prompt: str = option("reference", None, "what the reference shows; clips.json may say it")
+    use_mqk: bool = option("method", True, "ablation: no Motion Query-Key embedding", flag="--no-mqk")
+    use_mv: bool = option("method", True, "ablation: no Motion Value embedding", flag="--no-mv")
+    debias: str = option("method", "diff", "how MV is debiased", choices=("diff", "mean", "none"))
+    debias_in_training: bool = option("method", False, "debias MV in training, too (not in the paper)")
+    mqk_dims: int = option("method", 1, "MQK per frame (1) or per frame and position (2)", choices=(1, 2))
+    mv_dims: int = option("method", 2, "MV per frame (1) or per frame and position (2)", choices=(1, 2))
+    levels: tuple = option("method", (), "UNet levels with embeddings, as in 1,2; default: the deepest")
+    motion_type: str = option("method", "object", "camera: sample without MV", choices=("object", "camera"))
+    motion_file: str = option("training", None, "reuse this motion file, train nothing", flag="--motion")
+    snapshots: tuple = option("training", (), "also keep the embeddings of these steps, as in 50,100")
+    prompts: tuple = option("sampling", (), "what to show instead; again for more clips", flag="--prompt")
+    negative_prompt: str = option("sampling", "", "what to keep away from")
+    seed: int = option("sampling", 0, "random seed of training and sampling", 0, 2 ** 62)
+    seeds: int = option("sampling", 1, "clips per prompt, of as many seeds in a row", 1, 1e4)
+    compare: bool = option("sampling", True, "no clips without embeddings", flag="--no-compare")
+    out: str = option("output", "out", "folder for the results; if it holds a run: out-2, out-3, ...")
+    fps: float = option("output", 8, "frames per second of what is written", 1, 500)
+    format: str = option("output", "gif", "kind of file for the clips", choices=("gif", "webp", "mp4"))
+    dtype: str = option("output", "auto", "of the UNet; auto: float16 on cuda, float32 elsewhere",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    dry_run: bool = option(False, "say what would happen, and stop", "output")
+    dry_run: bool = option("output", False, "say what would happen, and stop")
 
 
 # Settings that say how to learn: the first go to train_motion, and none goes with --motion.
@@ -1961,7 +1959,8 @@ def parse_given(cls, argv, prog, description):
 
     paragraphs = description.split("\n\n")
     commands = next(p for p in paragraphs if p.startswith("    python"))
-    parser = argparse.ArgumentParser(prog, description=paragraphs[0], epilog=commands,
+    defaults = "\n(In brackets: the paper's settings. Those of the small model: data/tiny/mini_mi.json.)"
+    parser = argparse.ArgumentParser(prog, f"python {prog} [options]", paragraphs[0] + defaults, commands,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, groups = refuse, {}
@@ -1991,7 +1990,7 @@ def merged(cls, *layers):
     """
     settings = cls()
     for f in dataclasses.fields(cls):
-        least, most = f.metadata.get("within", (-math.inf, math.inf))
+        least, most = f.metadata.get("least", -math.inf), f.metadata.get("most", math.inf)
         kinds = {float: (int, float), tuple: (tuple, list)}.get(f.type, f.type)
         for value in (layer[f.name] for layer in layers if layer.get(f.name) is not None):
             if not isinstance(value, kinds) or value not in (f.metadata.get("choices") or [value]):
@@ -2121,21 +2120,23 @@ def describe(config, motion):
     how = f"reuse {config.motion_file}" if config.motion_file else (
         f"train {config.steps} steps of {config.batch}, lr {config.lr} {config.lr_schedule}, "
         f"loss {config.loss}")
-    parts = " and ".join(name for name, used in (("MQK", motion.use_mqk), ("MV", motion.use_mv)) if used)
-    count = sum(p.numel() for key, p in motion.named_parameters()
-                if (motion.use_mqk if key.endswith("pos_embed") else motion.use_mv))
-    foreign = config.video and Path(config.video).resolve().parent != HERE / "data" / "clips"
-    note = ["note       the small model knows nothing but four shapes on three patterns: for other clips and "
-            "prompts take --model zeroscope"] if foreign and model_settings(config.model).get("world") else []
-    return "\n".join([
+    used = {"pos_embed": motion.use_mqk, "vSpatial": motion.use_mv}
+    count = sum(p.numel() for key, p in motion.named_parameters() if used[key.rsplit(".", 1)[1]])
+    lines = [
         f"model      {config.model} on {config.device}, {config.dtype}",
         f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
         f"clips      {config.frames} frames of {config.size}, {config.fps:g} per second",
-        f"motion     {how}; {parts}, {count:,} embedding parameters, debias {motion.debias}, "
-        f"motion type {config.motion_type}, used at t >= {motion.t_min} T",
+        f"motion     {how}; {'MQK ' * motion.use_mqk}{'MV ' * motion.use_mv}of {count:,} "
+        f"embedding parameters, debias {motion.debias}, motion type {config.motion_type}, "
+        f"used at t >= {motion.t_min} T",
         f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
         f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
-        *(f"prompt     {prompt}" for prompt in config.prompts), *note])
+        *(f"prompt     {prompt}" for prompt in config.prompts)]
+    foreign = config.video and Path(config.video).resolve().parent != HERE / "data" / "clips"
+    if foreign and model_settings(config.model).get("world"):
+        lines.append("note       the small model knows nothing but four shapes on three patterns: for other "
+                     "clips and prompts take --model zeroscope")
+    return "\n".join(lines)
 
 
 class Record:
@@ -2184,21 +2185,20 @@ def learn(config, models, latents, text, record):
     Ctrl-C and SIGTERM end the training after the step that runs, with what it has learned so far.
     """
     folder = local_folder(config.model)
-    bundled = config.model == Config.model or folder is None
+    path = folder and not (HERE / "data") in folder.parents          # a name, or a folder wherever we are
     source = dict(video=os.path.abspath(os.path.expanduser(config.video)), prompt=config.source_prompt,
                   frames=config.frames, size=config.size, start=config.start, duration=config.duration,
-                  model=config.model if bundled else str(folder.resolve()))
+                  model=str(folder.resolve()) if path else config.model)
     signals = []                                                        # those that came in
 
     def keep(step, motion):
         """Saves the motion where a snapshot was asked for, or the end."""
         if step in config.snapshots or signals:
-            motion.source = source
-            motion.save(record.path(f"motion-step{step}.safetensors"))
+            motion.source, file = source, record.path(f"motion-step{step}.safetensors")
+            motion.save(file)
         if signals:
-            path = record.folder / f"motion-step{step}.safetensors"
-            raise UserError(f"stopped after step {step} of {config.steps}: what was learned is in {path}; "
-                            f"use it with --motion {path}")
+            raise UserError(f"stopped after step {step} of {config.steps}: what was learned is in {file}; "
+                            f"use it with --motion {file}")
 
     def ask(number, _):
         """The first signal waits for the step to end; the second one does not."""

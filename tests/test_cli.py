@@ -529,7 +529,7 @@ def test_a_folder_that_holds_a_run_is_never_written_into(start, capsys, tmp_path
 def test_embeddings_that_would_never_act_are_refused(start, capsys, tmp_path):
     """2 steps are those at 1 and 501, or at 0 and 500, of 1000: before anything is trained."""
     status, out = start("--t-min", 0.6)
-    refused(capsys, status, out, {}, "at 0.6 T never act in 2 DDIM steps")
+    refused(capsys, status, out, {}, "act from 0.6 T on never")
 
 
 def test_seeds_are_those_of_single_runs(start):

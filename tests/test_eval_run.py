@@ -463,7 +463,7 @@ def test_a_lack_of_memory_damages_no_file(copy):
 
 def test_embeddings_that_would_never_act_are_refused(model, tmp_path, capsys):
     assert eval_mi.main(arguments(model, tmp_path, "--sample-steps", "2", "--t-min", "0.6")) == 2
-    assert "act at 0.6 T never" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors"))
+    assert "act from 0.6 T on never" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_judge_without_a_usable_tokenizer_is_one_line(model, tmp_path, capsys):
