@@ -927,15 +927,10 @@ class AutoencoderKL(nn.Module):
             "autoencoder", config, in_channels=3, out_channels=3, block_out_channels=(64,),
             layers_per_block=1, latent_channels=4, norm_num_groups=32, scaling_factor=0.18215,
             mid_block_add_attention=True,
-            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
             only=dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None,
                       use_quant_conv=True, use_post_quant_conv=True))
-        n = len(c.block_out_channels)
-        if [*c.down_block_types, *c.up_block_types] != ["DownEncoderBlock2D"] * n + ["UpDecoderBlock2D"] * n:
-            raise UserError("autoencoder config: down_block_types and up_block_types should be as many "
-                            "DownEncoderBlock2D and UpDecoderBlock2D as block_out_channels")
         self.scaling_factor, z = c.scaling_factor, c.latent_channels
-        self.factor = 2 ** (n - 1)                              # h / H
+        self.factor = 2 ** (len(c.block_out_channels) - 1)      # h / H
         self.encoder = VAEHalf(c, c.in_channels, 2 * z, encoder=True)
         self.decoder = VAEHalf(c, z, c.out_channels, encoder=False)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
@@ -991,11 +986,20 @@ class CLIPEncoderLayer(nn.Module):
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
-class CLIPTextTransformer(nn.Module):
-    """Token and position embeddings, causal layers, final norm: ids (B,L) -> (B,L,D)."""
+class CLIPTextModel(nn.Module):
+    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
 
-    def __init__(self, c):
+    Token and position embeddings, causal layers, final norm. All L states go to cross-attention and nothing
+    masks the padding: the pad token is part of the conditioning. Source: transformers' CLIPTextModel, whose
+    keys these are, as version 5 writes them; files of older versions put `text_model.` before each.
+    """
+
+    def __init__(self, config):
         super().__init__()
+        c = read_config(
+            "text encoder", config, vocab_size=49408, hidden_size=512, intermediate_size=2048,
+            num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, layer_norm_eps=1e-5,
+            only=dict(hidden_act=tuple(ACTIVATIONS)))
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
             "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
@@ -1008,24 +1012,6 @@ class CLIPTextTransformer(nn.Module):
         for layer in self.encoder.layers:
             x = layer(x)
         return self.final_layer_norm(x)
-
-
-class CLIPTextModel(nn.Module):
-    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
-
-    All L states go to cross-attention and nothing masks the padding: the pad token is part of the
-    conditioning. Source: transformers' CLIPTextModel, whose keys these are.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.text_model = CLIPTextTransformer(read_config(
-            "text encoder", config, vocab_size=49408, hidden_size=512, intermediate_size=2048,
-            num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, layer_norm_eps=1e-5,
-            only=dict(hidden_act=tuple(ACTIVATIONS))))
-
-    def forward(self, ids):
-        return self.text_model(ids)
 
 
 @torch.no_grad()
@@ -1065,8 +1051,6 @@ class CLIPTokenizer:
                  for use in ("bos", "eos", "unk", "pad")]
         # an entry is either the token itself or a dict that describes it
         names = [name["content"] if isinstance(name, dict) else name for name in names]
-        if missing := sorted(set(names) - self.vocab.keys()):
-            raise UserError(f"tokenizer: special tokens {missing} are not in its vocabulary")
         self.bos, self.eos, self.unk, self.pad = (self.vocab[name] for name in names)
         # Special and added tokens are cut out of the prompt before BPE sees it, longer ones first. In SD 2
         # the pad token is "!", so "wow!!!" ends in three tokens "!" and not in the one BPE token "!!!".
@@ -1076,12 +1060,9 @@ class CLIPTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Reads tokenizer.json, as transformers 5 writes it, or else vocab.json and merges.txt.
-
-        Read where it is there: added_tokens.json, tokens of textual inversion; tokenizer_config.json and
-        special_tokens_map.json, the special tokens and the length. Without a length, or with transformers'
-        1e30 for "none", it is CLIP's 77.
-        """
+        """Reads tokenizer.json, as transformers 5 writes it, or else vocab.json and merges.txt; where they
+        are there, added_tokens.json, tokens of textual inversion, and two files with special tokens and the
+        length. Without a length, or with transformers' 1e30 for "none", it is CLIP's 77."""
         def optional(name):
             return read_json(folder / name) if (folder / name).is_file() else {}
 
@@ -1089,7 +1070,7 @@ class CLIPTokenizer:
         whole, added = optional("tokenizer.json"), optional("added_tokens.json")
         if whole:
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]  # "left right" or [left, right]
-            added.update({entry["content"]: entry["id"] for entry in whole["added_tokens"]})
+            added |= {entry["content"]: entry["id"] for entry in whole["added_tokens"]}
         else:
             vocab = read_json(folder / "vocab.json")
             with built_from(folder / "merges.txt"):
@@ -1316,19 +1297,17 @@ def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
         data = torch.from_numpy(np.fromfile(path, np.uint8))            # some file systems map no files
-        position = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-        header, data, tensors = json.loads(data[8:position].numpy().tobytes()), data[position:], {}
-        start, position, metadata = position, 0, header.pop("__metadata__", {})
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            if begin != position:                    # neither gap nor overlap; reshape checks the length
-                raise ValueError(f"{name} begins at byte {begin}, not at {position}")
-            dtype, raw = SAFETENSORS_DTYPES[entry["dtype"]], data[begin:end]
-            if (start + begin) % dtype.itemsize:
-                raw = raw.clone()  # old writers did not align; a wider dtype needs it
-            tensors[name], position = raw.view(dtype).reshape(entry["shape"]), end
-        if position != len(data):
-            raise ValueError(f"tensors of {position} bytes in {len(data)}")
+        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+        header, data, tensors = json.loads(data[8:start].numpy().tobytes()), data[start:], {}
+        metadata = header.pop("__metadata__", {})
+        begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
+        if (0, *ends) != (*begins, len(data)):
+            raise ValueError(f"its tensors leave gaps or overlap, or do not end at byte {len(data)}")
+        for name, entry in header.items():
+            raw, dtype = data[slice(*entry["data_offsets"])], SAFETENSORS_DTYPES[entry["dtype"]]
+            if raw.storage_offset() % dtype.itemsize:
+                raw = raw.clone()                                       # old writers did not align
+            tensors[name] = raw.view(dtype).reshape(entry["shape"])
     return tensors, metadata
 
 
@@ -1417,15 +1396,14 @@ def load_module(build, folder, stem, device, dtype):
             if key.endswith(".position_ids"):      # a constant 0, 1, 2, ... that old text encoders store
                 continue
             # Every tool that writes 8-bit weights keeps their scales in a way of its own.
-            if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                raise UserError(f"{path} holds {str(value.dtype).removeprefix('torch.')} numbers in {key}, "
-                                "which cannot be used here: get its float16 or float32 weights")
-            if not value.isfinite().all():
-                raise UserError(f"{path} has values that are not finite in {key}; get the file again")
+            kind = str(value.dtype).removeprefix("torch.")
+            if kind not in ("float64", "float32", "float16", "bfloat16") or not value.isfinite().all():
+                raise UserError(f"{path} holds {kind} numbers in {key}, or some that are not finite: "
+                                "get its float16 or float32 weights")
             for old, new in OLD_ATTENTION.items():
                 key = key.replace(f"mid_block.attentions.0.{old}.", f"mid_block.attentions.0.{new}.")
-            prefix = "text_model." if f"text_model.{key}" in expected else ""   # transformers 5 leaves it out
-            tensors[prefix + key] = value.to(device, dtype)
+            short = key.removeprefix("text_model.")                 # transformers 5 leaves it out
+            tensors[short if short in expected else key] = value.to(device, dtype)
     shapes, found = ({(key, tuple(value.shape)) for key, value in state.items()}
                      for state in (expected, tensors))
     if shapes != found:
@@ -1462,14 +1440,12 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     folder = model_folder(folder_or_repo)
     with built_from(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    schedule = folder / "scheduler" / "scheduler_config.json"
-    with built_from(schedule):
-        scheduler = DDIMScheduler(read_json(schedule))
-        scheduler.timesteps(1)
+    with built_from(folder / "scheduler"):
+        scheduler = DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
     networks = [load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
                 for part, (build, stem) in PARTS.items()]
     models = Models(tokenizer, *networks, scheduler)
-    # Trying the parts without weights, and one prompt with the last token: some faults show only at use.
+    # A prompt with the token of the highest number is tried, because some faults show only at use.
     with built_from(folder / "text_encoder", "does not fit the tokenizer", "get both from one model"):
         encode_prompt(models, [max(tokenizer.vocab, key=tokenizer.vocab.get)])
     return models
@@ -1508,12 +1484,10 @@ def hub_open(path, **headers):
     try:
         return urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise UserError(f"{error}: no such repository, or a gated one: accept its terms on its page "
-                            "and set HF_TOKEN") from error
-        if error.code == 404:
-            raise UserError(f"{error}: check the name and the revision") from error
-        raise
+        if error.code not in (401, 403, 404):
+            raise                                               # such as 500, which a later try may not meet
+        raise UserError(f"{error}: check the name and the revision; if the model is gated, accept its terms "
+                        "on its page and set HF_TOKEN") from error
 
 
 def download(path, target, size, sha256):
@@ -1548,9 +1522,8 @@ def fetch(repo, *parts, weights=True):
     """The folder of a hub repository (owner/name[@revision]) with all files that these parts of a model need.
 
     parts: "unet", "vae", "text_encoder", "tokenizer", "scheduler", or "", the root, for a CLIP with its
-    tokenizer; weights=False: without weights. A snapshot that has them is taken without asking the hub.
-    Environment: HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. UserError: they
-    cannot be had.
+    tokenizer. A snapshot that has them is taken without asking the hub. Environment: HF_ENDPOINT, HF_TOKEN,
+    HF_TOKEN_PATH, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. UserError: they cannot be had.
     """
     repo, _, revision = str(repo).partition("@")
     repo, revision = ALIASES.get(repo, repo), revision or "main"

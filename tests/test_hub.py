@@ -287,7 +287,7 @@ def test_full_disk_and_unwritable_cache(hub, tmp_path, monkeypatch):
 def test_refusals_of_the_hub_are_told_apart(hub):
     for status in (401, 403):
         hub.statuses = [status]
-        refused(f"{REPO}: HTTP Error {status}.*accept its terms on its page and set HF_TOKEN")
+        refused(f"{REPO}: HTTP Error {status}.*check the name.* accept its terms on its page and set HF_TOKEN")
     hub.statuses = [404]
     refused("404.*check the name and the revision")
     hub.statuses = [500]
