@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 import mini_mi  # noqa: E402
 
-SLOWEST_FIRST = ["test_eval_run", "test_cli", "test_tiny", "test_training", "test_ballot", "test_motion"]
+SLOWEST_FIRST = ["test_tiny", "test_eval_run", "test_cli", "test_parity", "test_ballot"]
 
 
 def pytest_collection_modifyitems(items):
