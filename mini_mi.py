@@ -46,7 +46,6 @@ import tempfile
 import textwrap
 import time
 import unicodedata
-import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
@@ -1271,8 +1270,8 @@ def read_json(path):
 def read_config(kind, config, only=None, **fields):
     """The settings of a model as a namespace: field=default as in the reference library, unless in `config`.
 
-    only: {field: what is implemented, a value or a tuple of them, the default first}.
-    Fields not named here are ignored: the strict load finds what adds weights.
+    only: {field: what is implemented, a value or a tuple of them, the default first}. Fields that are not
+    named here are ignored: the strict load finds what adds weights.
     """
     settings = {}
     for field, known in (only or {}).items():
@@ -1481,13 +1480,7 @@ def hub_open(path, **headers):
     request = urllib.request.Request(f"{endpoint}/{path}", headers=headers)
     if token.strip():                         # quoted: what is no token goes to the hub and not into an error
         request.add_unredirected_header("Authorization", f"Bearer {quote(token.strip(), safe='+/=')}")
-    try:
-        return urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403, 404):
-            raise                                               # such as 500, which a later try may not meet
-        raise UserError(f"{error}: check the name and the revision; if the model is gated, accept its terms "
-                        "on its page and set HF_TOKEN") from error
+    return urllib.request.urlopen(request, timeout=30)
 
 
 def download(path, target, size, sha256):
@@ -1529,7 +1522,8 @@ def fetch(repo, *parts, weights=True):
     repo, revision = ALIASES.get(repo, repo), revision or "main"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*", f"{repo}@{revision}") or ".." in revision:
         raise UserError(f"{repo} is no model folder and no hub repository (owner/name[@revision])")
-    advice = "check the network, HF_ENDPOINT and the room in HF_HOME; the next run goes on with what came"
+    advice = ("check the network, its name, HF_ENDPOINT, the room in HF_HOME and, if its terms are to be "
+              "accepted on its page, HF_TOKEN; the next run goes on with what came")
     with built_from(repo, "cannot be fetched", advice):
         store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
         reference = store / "refs" / revision                    # holds the commit that it was
