@@ -145,7 +145,7 @@ BALLOT_VARIANTS = ("full", *ABLATIONS, "base")
 # The paper's five are the first three, the Frechet distance and User Preference.
 METRICS = {"text_similarity": "Text Similarity ↑", "motion_fidelity": "Motion Fidelity ↑",
            "temporal_consistency": "Temporal Consistency ↑", "leakage": "Appearance leakage ↓",
-           "attributes": "All four attributes shown ↑"}
+           "attributes": "All four attributes shown ↑", "shape_frames": "Shape in frames ↑"}
 PRIMARY = ("motion_fidelity", "text_similarity")    # with ABLATIONS four tests, fixed before any result
 FAMILY = len(PRIMARY) * len(ABLATIONS)
 STILL = 0.5                                         # pixels per frame below which a track counts as resting
@@ -607,6 +607,7 @@ def find_clip(folder, name):
 
 # Part of every digest. Raise it with any change of code after which a file would hold something else.
 CODE_VERSION = 3
+JUDGE_VERSION = 1                                   # the same for what only scores depend on
 ENDS = 1 << 20                                      # bytes read at either end of a file of weights
 
 
@@ -619,7 +620,7 @@ class Paths:
         device = torch.device(s.device).type
         self.made_with = [CODE_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, device]
         # What scores depend on, beside the clip.
-        self.judged_by = [CODE_VERSION, fingerprint(judge_folder), in_world, s.tracker, s.grid, STILL]
+        self.judged_by = [JUDGE_VERSION, fingerprint(judge_folder), in_world, s.tracker, s.grid, STILL]
 
     def path(self, folder, name, *what, suffix=".npz"):
         """what: everything that determines the content, but for the name."""
@@ -871,6 +872,9 @@ class Judges:
                   "temporal_consistency": temporal_consistency(features),
                   "leakage": appearance_leakage(features, reference["features"]),
                   **(self.attributes(cell.prompt, features) if self.in_world else {})}
+        if self.in_world:               # CLIP still sees a circle that has grown corners; outlines show them
+            shape = world.attributes(cell.prompt)[0]
+            scores["shape_frames"] = world.shape_share(sample["frames"], shape)
         about = {"variant": cell.variant.name, "clip": cell.clip.name, "movement": cell.clip.movement,
                  "prompt": cell.prompt, "prompt_index": cell.prompt_index, "seed": cell.seed,
                  "train_seed": cell.train_seed, "scores": scores,
@@ -1290,7 +1294,7 @@ def document(results):
         cost, vote = r["cost"], people.get(r["name"])
         waits = "no votes yet" if not people and r["name"] in BALLOT_VARIANTS else "–"
         metrics = [(METRICS[m], share_text(*triple) if m == "attributes" else plus_minus(triple))
-                   for m, triple in r["metrics"].items()]
+                   for m, triple in r["metrics"].items() if m != "shape_frames"]
         parts["main"].append({
             "variant": r["name"], **dict(metrics[:3]), distance: plus_minus(r["frechet"], ".4f"),
             "User Preference ↑": share_text(vote["share"], vote["low"], vote["high"]) if vote else waits,
@@ -1299,6 +1303,7 @@ def document(results):
             "variant": r["name"], "frames": str(r["frames"]),
             "Fréchet, real from real": number(r["frechet_floor"], ".4f"),
             "KID x 1000": number(1000 * r["kid"]),
+            METRICS["shape_frames"]: plus_minus(r["metrics"].get("shape_frames")),     # older runs lack it
             "tracks that Motion Fidelity rests on": f"{r['moving_tracks']:.0f} of {r['tracks']:.0f} "
                                                     f"(fewest {r['fewest_moving']})",
             "samples without any": str(r["still"]), "training s": number(cost["train_seconds"], ".1f"),
@@ -1386,7 +1391,8 @@ def forest_plot(results):
     # Variants from plain noise answer another question, and lie so far off that all others would be squeezed.
     comparisons = [c for c in results["comparisons"] if VARIANTS[c["name"]].prior]
     panels, left, width, height = [], 132, 236, 19 * len(comparisons) + 58            # names are on the left
-    for n, m in enumerate([*results["rows"][0]["metrics"], "frechet"]):
+    shown = [m for m in results["rows"][0]["metrics"] if m != "shape_frames"]
+    for n, m in enumerate([*shown, "frechet"]):
         title = METRICS.get(m, f"Fréchet distance ({results['judges']['frechet']}) ↓")
         marks = {c["name"]: c["frechet"] for c in comparisons} if m == "frechet" else {
             c["name"]: [c["metrics"][m][key] for key in ("mean", "low", "high")] for c in comparisons}

@@ -178,6 +178,21 @@ def test_a_variant_equals_mini_mi_by_hand(finished, model):
     assert np.abs(frames_of(lab, cell).astype(int) - frames).max() <= 1
 
 
+def test_outlines_are_judged_by_the_shape_that_was_asked_for(finished, model):
+    """The autoencoder's clip shows what its frames show, and every cell has this score."""
+    lab = eval_mi.Lab(eval_mi.parse(arguments(model, finished)))
+    cell, seen = lab.cells[-1], lab.reference(lab.cells[-1].clip)
+    frames = {shape: world.render(world.scene(3, ["zigzag"], f"a yellow {shape} on a teal plain background"),
+                                  4, 64) for shape in world.SHAPES}
+    right = lab.judges.judge(cell, {"frames": cell.clip.frames, "about": {}}, seen)["about"]["scores"]
+    assert right["shape_frames"] == 1.0
+    for shape, clip in frames.items():
+        scores = lab.judges.judge(cell, {"frames": clip, "about": {}}, seen)["about"]["scores"]
+        assert scores["shape_frames"] == float(shape == world.attributes(cell.prompt)[0])
+    assert all(0 <= eval_mi.read_arrays(lab.paths.score(c))["about"]["scores"]["shape_frames"] <= 1
+               for c in lab.cells)
+
+
 def test_names_of_files_say_what_they_hold(finished):
     names = {re.sub("-[0-9a-f]{12}(?=[.])", "", name) for name in files(finished)}
     assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz", "noise/spiral.npz",
@@ -776,6 +791,9 @@ def test_the_published_run_is_analysed_again_from_its_file(tmp_path):
     full = [c["scores"] for c in json.loads((published / "results.json").read_text())["cells"]
             if c["variant"] == "full"]
     assert sum(scores["attributes"] for scores in full) == 183 and len(full) == 192
+    details = [line.split(" | ") for line in text.splitlines()
+               if " MiB of GPU " in line or "| full | 3072" in line]
+    assert dict(zip(*details))["Shape in frames ↑"] == "–"       # its judges did not look at outlines yet
 
 
 def test_sentences_say_what_the_numbers_say():
