@@ -48,6 +48,7 @@ import time
 import unicodedata
 import urllib.request
 import warnings
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -1559,7 +1560,6 @@ def fetch(repo, *parts, weights=True):
 
 
 # ---- Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else
-# A reader gives choose() the times of its stored frames, and the end; it returns the frames of those indices
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_STARTS = (b"GIF8", b"\x89PNG", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")  # content, not suffix
@@ -1571,16 +1571,10 @@ SDR = ("zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:p
 @contextlib.contextmanager
 def open_picture(path):
     """A picture file, opened by PIL. A closed list of formats: others may start programs (EPS)."""
-    with built_from(path, "is damaged, truncated or no video or picture"), warnings.catch_warnings():
+    with built_from(path, "is damaged, truncated or no picture"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)       # PIL would only warn of some
         with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")) as image:
             yield image
-
-
-def check_size(width, height):
-    """UserError if frames are so small that no motion in them is worth learning."""
-    if min(width, height) < 8:
-        raise UserError(f"frames of {width, height} pixels: 8 x 8 are the least")
 
 
 def fit(image, size):
@@ -1588,8 +1582,8 @@ def fit(image, size):
 
     16-bit grey: 65535 is white; floats: 1.0 is white; other ranges are refused.
     """
-    check_size(*image.size)
     image, white = ImageOps.exif_transpose(image), 1 if image.mode == "F" else 65535
+    check_crop(image.size, size)
     if image.mode[0] in "IF":                              # I;16, I;16B, I (16-bit PNG in older PIL), F
         values = np.asarray(image, dtype=np.float64)
         if not (values.min() >= 0 and values.max() <= white):
@@ -1600,7 +1594,44 @@ def fit(image, size):
     return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
 
 
-def read_animation(path, size, choose):
+@functools.cache                                                          # so that the note comes once
+def check_crop(stored, size):
+    """UserError if pictures of `stored` = (width, height) pixels are too small to show motion; a note if the
+    crop to `size` takes away more than a fifth of a side."""
+    if min(stored) < 8:
+        raise UserError(f"frames of {stored} pixels: 8 x 8 are the least")
+    across, down = np.divide(size, stored)                             # the larger one is the scale in `fit`
+    if (lost := 1 - min(across, down) / max(across, down)) > 0.2:
+        # The same shape in about as many pixels; autoencoders take multiples of 8.
+        width, height = (max(8, 8 * round(pixels * math.sqrt(across * down) / 8)) for pixels in stored)
+        print(f"note: the crop takes away {lost:.0%} of the {'width' if across < down else 'height'}: "
+              f"--size {width}x{height} keeps it")
+
+
+def evenly(times, frames, start, duration):
+    """Indices of `frames` stored frames: number i is shown at start + (i + 1/2) * duration / frames seconds.
+
+    The stored frames begin at `times`, of which the last entry is the end.
+    """
+    end, begin = times[-1], max(start, times[0])
+    stop, slack = end if duration is None else start + duration, (end - times[0]) / (10 * (len(times) - 1))
+    if start >= end or stop > end + 0.1:                                         # lengths are told rounded
+        raise UserError(f"it is {end:.2f} s long: --start {start:g} and --duration go beyond")
+    stop = min(stop, end)
+    moments = begin + (stop - begin) * np.array([0, *np.arange(frames) + 0.5]) / frames
+    # A tenth of a frame is forgiven: files round their times.
+    first, *shown = np.clip(np.searchsorted(times, moments + slack, "right") - 1, 0, len(times) - 2)
+    stored = int(np.searchsorted(times[:-1], stop - slack) - first)
+    if stored < frames:
+        raise UserError(f"it has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
+                        "take a longer clip, a longer part of it or fewer frames")
+    if stop - begin > frames / 2:                                      # half a second from one to the next
+        print(f"note: {frames} frames of {stop - begin:.1f} seconds show jumps rather than motion: "
+              "choose a part with --start and --duration")
+    return shown
+
+
+def read_animation(path, size, *part):
     """Frames of a GIF, WebP or APNG. One that is held for k times the shortest duration counts as k: writers
     merge equal neighbours into one longer frame, which is undone here."""
     with open_picture(path) as image:
@@ -1612,94 +1643,109 @@ def read_animation(path, size, choose):
             lasts.append(float(image.info.get("duration") or 100) / 1000)                # 0 means "as usual"
         ticks = np.rint(np.array(lasts) / min(lasts)).astype(int)
         times = np.cumsum([0, *np.repeat(lasts / ticks, ticks)])
-        return [fit(ImageSequence.Iterator(image)[n], size) for n in np.repeat(stored, ticks)[choose(times)]]
+        chosen = np.repeat(stored, ticks)[evenly(times, *part)]
+        return [fit(ImageSequence.Iterator(image)[index], size) for index in chosen]
 
 
-def read_folder(path, size, choose):
-    """Frames of a folder of pictures in natural order (2.png before 10.png), one a second."""
-    names, sizes = {}, set()
+def read_folder(path, size, *part):
+    """Frames of a folder of pictures in the order of the numbers in their names: 0.25, 0.5, 2, 10."""
+    pictures, sizes = {}, set()
     for picture in path.glob("[!.]*"):
         if picture.suffix.lower() in IMAGE_SUFFIXES:
-            # "00000.jpg" and "00000.png", or "7.png" and "7_mask.png": a picture and its mask.
-            numbers = tuple(map(int, re.findall("[0-9]+", picture.stem)))
-            twin = names.setdefault(numbers or picture.stem, picture)
-            if twin is not picture:
+            twin = pictures.setdefault(picture.stem, picture)
+            if twin is not picture:                                      # 00000.jpg and its mask 00000.png
                 raise UserError(f"two pictures of one number, {twin.name} and {picture.name}: "
                                 "put masks into a folder of their own")
             with open_picture(picture) as image:
                 sizes.add(image.size)
+    if not pictures:
+        raise UserError(f"no picture lies directly in it: {', '.join(IMAGE_SUFFIXES)} can be read")
     if len(sizes) > 1:
         raise UserError(f"it mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
-    pictures = sorted(names.values(), key=lambda picture: [
-        int(s) if s.isdecimal() else s.lower() for s in re.split("([0-9]+)", picture.name)])
-    if not pictures:
-        raise UserError("no picture lies directly in it that can be read: "
-                        + ", ".join(sorted(IMAGE_SUFFIXES)))
-    chosen = choose(np.arange(len(pictures) + 1.0))
-    return [read_animation(pictures[n], size, lambda times: [0])[0] for n in chosen]      # each of one frame
+    # The parts between the numbers come at even places, the numbers at odd ones.
+    order = sorted(sorted(pictures), key=lambda stem: [
+        Decimal(part) if n % 2 else part.lower()
+        for n, part in enumerate(re.split(r"([0-9]+(?:\.[0-9]+)?)", stem))])
+    # Pictures have no times: with a millisecond each, no folder counts as long.
+    chosen = evenly(np.arange(len(order) + 1) / 1000, *part)
+    return [read_animation(pictures[order[index]], size, 1, 0.0, None)[0] for index in chosen]   # one frame
 
 
-def call(program, *arguments, data=None):
-    """Runs ffmpeg or ffprobe: (did it succeed, output, first complaint). UserError: it is not installed."""
-    if not shutil.which(program):
-        raise UserError(f"this format needs the program ffmpeg, but {program} is not on PATH: install it, "
-                        "or use .gif or .webp")
-    done = subprocess.run([program, "-v", "error", *arguments], input=data, capture_output=True)
-    said = re.sub(r"\[.*?\] ", "", one_line(done.stderr.decode(errors="replace"))) if done.stderr else ""
-    return done.returncode == 0, done.stdout, said
+def call_ffmpeg(*arguments, data=b""):
+    """Runs ffmpeg: (did it succeed, its first complaint, all it printed). UserError: it does not work."""
+    try:
+        done = subprocess.run(["ffmpeg", "-nostats", "-v", "level+info", *arguments], input=data,
+                              capture_output=True)
+    except OSError as error:
+        raise UserError(f"this needs the program ffmpeg, which cannot be started ({one_line(error)}): "
+                        "install it, or use .gif or .webp") from error
+    printed = done.stderr.decode(errors="replace")
+    # Lines of its muxer "null" do not count: nothing is written with it.
+    complaints = re.findall(r"^(?:\[(?!null)[^]]*\] )?\[(?:error|fatal)\] (.*)", printed, re.MULTILINE)
+    if done.returncode and not complaints:
+        last = (printed.strip() or "no message").splitlines()[-1]
+        raise UserError(f"the program ffmpeg does not work (exit status {done.returncode}, {last}): "
+                        "install it again, or use .gif or .webp")
+    return done.returncode == 0, (complaints or [""])[0], printed
 
 
-def read_film(path, size, choose):
-    """Frames of a video file, upright, with square pixels, in SDR: one ffprobe, then one ffmpeg."""
-    # All packets, but nothing is decoded for that: where the frames are in time.
-    fine, probed, said = call(
-        "ffprobe", "-fflags", "+genpts", "-select_streams", "V:0", "-of", "json", "-show_entries",
-        "format=start_time:stream_tags=alpha_mode:stream=codec_name,width,height,color_transfer,start_pts,"
-        "time_base,nb_frames:packet=pts,dts,duration,flags", f"file:{path}")
-    about = json.loads(probed or b"{}")
-    stream, packets = (about.get("streams") or [{}])[0], about.get("packets", [])
-    # Fewer packets than frames: the end of the file is missing.
-    short = said and int(stream.get("nb_frames", 0)) > len(packets)
-    if not fine or not packets or not stream.get("width") or short:
-        raise ValueError(said or "no pictures in it")
-    check_size(stream["width"], stream["height"])
-    # D: to be discarded, cut off by an edit list.
-    lasts = {p.get("pts", p.get("dts")): p.get("duration", 0) for p in packets if "D" not in p["flags"]}
-    stamps = sorted(lasts.keys() - {None})
-    # Containers tell the length of the last frame badly or not at all: it lasts as long as others, at least.
-    last = max(lasts[stamps[-1]], (stamps[-1] - stamps[0]) // max(1, len(stamps) - 1))
-    unit, zero = np.divide(*map(int, stream["time_base"].split("/"))), stream.get("start_pts", stamps[0])
-    times = (np.array([*stamps, stamps[-1] + last]) - zero) * unit
-    stored, places = np.unique(choose(times), return_inverse=True)
-    # A window around the time of each wanted frame, up to half way to its neighbours.
-    edges = zero * unit + np.array([times[0] - 1, *(times[:-2] + times[1:-1]) / 2, times[-1]])
-    windows = "+".join(f"between(t,{edges[k]:.6f},{edges[k + 1]:.6f})" for k in stored)
-    # With -copyts the times are those of ffprobe. The frames are renumbered, so that exactly these arrive
-    # also where the rate varies.
-    (width, height), hdr = size, stream.get("color_transfer") in ("smpte2084", "arib-std-b67")
-    filters = (f"select='{windows}',settb=1/25,setpts=N,{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,"
-               f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
-               f"format=rgba,crop={width}:{height}")
-    decoder = []
-    if stream.get("tags", {}).get("alpha_mode") == "1":      # ffmpeg's own decoders drop transparency
-        decoders = {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}
-        decoder = decoders.get(stream["codec_name"], [])
-    # Decoded from the key frame before the first wanted one on. In some containers (.ts) one seeks too far:
-    # then from the first frame on, as where seeking would save little.
-    start = times[stored[0]] + zero * unit - float(about["format"].get("start_time", 0))
-    seek = ["-noaccurate_seek", "-ss", f"{max(0, start):.6f}"]
-    for place in (seek, []) if times[stored[0]] > 2 else ([],):
-        fine, film, said = call(
-            "ffmpeg", "-xerror", "-nostdin", "-fflags", "+genpts", "-copyts", *place, *decoder, "-i",
-            f"file:{path}", "-map", "0:V:0", "-frames:v", str(len(stored)), "-vf", filters, "-r", "25",
-            "-f", "rawvideo", "-pix_fmt", "rgba", "-")
-        if fine and len(film) == len(stored) * width * height * 4:
-            pixels = np.frombuffer(film, np.uint8).reshape(-1, height, width, 4)
-            return [fit(Image.fromarray(pixels[k]), size) for k in places]
-    if hdr and "zscale" in said:
+def check_ffmpeg():
+    """UserError if ffmpeg is missing or broken: to be known before a training, not after it."""
+    call_ffmpeg("-version")
+
+
+def read_film(path, size, frames, start, duration):
+    """Frames of a video file, upright, with square pixels, in SDR.
+
+    ffmpeg decodes the part twice: first it tells when each frame is shown, then it hands them over one by
+    one, scaled, and only the chosen ones are kept. So a long film needs no more memory than a short one.
+    """
+    film, (width, height) = ["-i", f"file:{path}", "-map", "0:V:0", "-vf"], size
+    # Decoding begins at a key frame, seconds early: in some containers (.ts) ffmpeg seeks too far. In a raw
+    # stream it cannot seek at all: then decoding begins with the first frame.
+    for skip in (max(0.0, start - 10), 0.0):
+        seek = ["-noaccurate_seek", "-ss", f"{skip:.3f}"] if skip else []
+        # A second more than the part: so it is seen whether the film ends within the part.
+        until = f"trim=end={start + duration + 1 - skip:.3f}," if duration else ""
+        fine, said, printed = call_ffmpeg(*seek, *film, f"{until}showinfo=checksum=0", "-f", "null", "-")
+        if shown := re.findall(r"pts_time:(\S+) .* sar:(\d+)/(\d+) s:(\d+)x(\d+) ", printed):
+            break
+    said = said.removeprefix(f"file:{path}: ")
+    cut_off = re.search("moov atom not found|partial file|prematurely|Invalid NAL unit size", said)
+    if cut_off or not fine or not shown:
+        advice = "give a video file, a GIF or a folder of images"
+        raise UserError(f"ffmpeg says: {said or 'no frames'}; "
+                        f"{'it is damaged or cut off, get it again' if cut_off else advice}")
+    if said and not skip:                         # decoding that begins in the middle misses something always
+        print(f"note: ffmpeg says of {path}: {said}")
+    _, wide, high, columns, rows = map(float, shown[0])
+    check_crop((round(columns * (wide / high or 1)), int(rows)), size)
+    # Frames with the same time stamp share the time until the next one. The last frame stays as long as the
+    # one before it: containers tell its length badly or not at all.
+    stamps, first = np.unique(np.maximum.accumulate([float(t) for t, *_ in shown]), return_index=True)
+    end = stamps[-1] + (stamps[-1] - stamps[-2] if len(stamps) > 1 else 0.04)
+    times = skip + np.interp(np.arange(len(shown) + 1), [*first, len(shown)], [*stamps, end])
+    chosen = evenly(times, frames, start, duration)
+    # The same frames again, scaled. With one rate for input and output, each stored frame comes once.
+    hdr = re.search("color_trc:(smpte2084|arib-std-b67)", printed)
+    if hdr and "--enable-libzimg" not in printed:
         raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another "
                         f"one, ffmpeg -i {path} -vf {SDR} sdr.mp4")
-    raise ValueError(said or "frames are missing")
+    filters = (f"{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,"
+               f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
+               f"format=rgba,crop={width}:{height}")
+    # ffmpeg's own decoders of VP8 and VP9 drop transparency.
+    alpha = re.search(r"Video: (vp[89])[^#]* alpha_mode +: 1", printed, re.IGNORECASE)
+    decoder = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[alpha[1]]] if alpha else []
+    command = ["ffmpeg", "-v", "quiet", *seek, *decoder, "-r", "25", *film, filters, "-r", "25",
+               "-frames:v", str(max(chosen) + 1), "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
+    kept = {}
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
+        for index in range(max(chosen) + 1):
+            pixels = running.stdout.read(4 * width * height)
+            if index in chosen:
+                kept[index] = fit(Image.frombytes("RGBA", size, pixels), size)
+    return [kept[index] for index in chosen]
 
 
 def read_video(path, frames, size, start=0.0, duration=None):
@@ -1709,31 +1755,14 @@ def read_video(path, frames, size, start=0.0, duration=None):
     Each is scaled until it covers `size`, then cropped to the centre; transparent is white.
     UserError: fewer stored frames than that, and everything that cannot be decoded.
     """
-    def choose(times):
-        """The indices of the wanted frames among those that begin at `times`; its last entry is the end."""
-        count, end = len(times) - 1, times[-1]
-        stop, slack = end if duration is None else start + duration, end / (10 * max(1, count))
-        if start >= end > 0 or stop > end + 0.1:                                 # lengths are told rounded
-            raise UserError(f"it is {end:.2f} s long: --start {start:g} and --duration go beyond")
-        stop = min(stop, end)
-        moments = start + (stop - start) * np.array([0, *np.arange(frames) + 0.5]) / frames
-        # A tenth of a frame is forgiven: files round their times.
-        first, *shown = np.clip(np.searchsorted(times, moments + slack, "right") - 1, 0, max(0, count - 1))
-        stored = int(np.searchsorted(times[:-1], stop - slack) - first)
-        if stored < frames:
-            raise UserError(f"it has {stored} frame{'s' * (stored != 1)}, but {frames} are needed: "
-                            "take a longer clip, a longer part of it or fewer frames")
-        if reader is not read_folder and stop - start > frames / 2:     # half a second from one to the next
-            print(f"note: {frames} frames of {stop - start:.1f} seconds show jumps rather than motion: "
-                  "choose a part with --start and --duration")
-        return shown
-
-    path, reader = Path(path), read_folder
+    if re.match("[a-z]+://", str(path)):
+        raise UserError(f"{path} is a web address: download the video first, and give the file")
     if frames < 1 or start < 0 or (duration is not None and duration <= 0):
         raise UserError(f"frames ({frames}) at least 1, start ({start}) not below 0, duration above 0")
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a video file, a GIF or a folder of images")
-    with built_from(path, "is damaged, truncated or no video"):
+    with built_from(path, "cannot be read", "give a video file, a GIF or a folder of images"):
+        path, reader = Path(path).expanduser(), read_folder
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give a video file, a GIF or a folder of images")
         if path.is_file():
             with open(path, "rb") as file:
                 begin = file.read(12)
@@ -1743,7 +1772,7 @@ def read_video(path, frames, size, start=0.0, duration=None):
             reader = read_animation if picture else read_film
         elif start or duration:
             raise UserError("it holds pictures, which have no times: take a folder of those wanted")
-        return np.stack(reader(path, size, choose))
+        return np.stack(reader(path, size, frames, start, duration))
 
 
 def write_video(path, frames, fps):
@@ -1757,14 +1786,16 @@ def write_video(path, frames, fps):
         raise UserError(f"cannot write {path}: its name should end in .gif, .webp or .mp4")
     with atomic_write(path) as temporary:
         if suffix == ".mp4":
-            # yuv420p keeps colour for pairs of pixels.
+            # yuv420p keeps colour for pairs of pixels. Without tags, players guess the colour space.
             frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
-            fine, _, said = call(
-                "ffmpeg", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(fps), "-s",
-                f"{frames.shape[2]}x{frames.shape[1]}", "-i", "-", "-pix_fmt", "yuv420p", "-b:v", "8M",
+            fine, said, _ = call_ffmpeg(
+                "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-r", str(fps), "-s",
+                f"{frames.shape[2]}x{frames.shape[1]}", "-i", "-", "-vf",
+                "scale=out_color_matrix=bt709:out_range=tv", "-pix_fmt", "yuv420p", "-colorspace", "bt709",
+                "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv", "-b:v", "8M",
                 "-movflags", "+faststart", f"file:{temporary}", data=frames.tobytes())
             if not fine:
-                raise UserError(f"ffmpeg cannot write {path}: {said}")
+                raise UserError(f"cannot write {path}, ffmpeg says: {said}")
             return
         images, unit = [Image.fromarray(frame) for frame in frames], 1
         if suffix == ".gif":
@@ -1784,11 +1815,11 @@ def write_video(path, frames, fps):
 INK, GREY, PALE, BLUE, SKY = "#20242c", "#858c97", "#e6e8ec", "#1f5fbf", "#b9d0f0"
 
 
-def caption(text, width, lines):
-    """(18*lines+6, width, 3) uint8: `text` on white, wrapped, ending in "..." where it needs more lines."""
+def caption(label, width, lines):
+    """(18*lines+6, width, 3) uint8: `label` on white, wrapped, ending in "..." where it needs more lines."""
     font, strip = ImageFont.load_default(14), Image.new("RGB", (width, 18 * lines + 6), "white")
-    text = textwrap.fill(text, int(width / font.getlength("n")), max_lines=lines, placeholder="...")
-    ImageDraw.Draw(strip).multiline_text((4, 2), text, INK, font, spacing=4)
+    wrapped = textwrap.fill(label, int(width / font.getlength("n")), max_lines=lines, placeholder="...")
+    ImageDraw.Draw(strip).multiline_text((4, 2), wrapped, INK, font, spacing=4)
     return np.asarray(strip)
 
 
@@ -1821,20 +1852,20 @@ def contact_sheet(rows):
 def loss_curve(losses):
     """PIL image, 900x480: the loss of each training step as a pale dot, its moving average as a line."""
     losses = np.asarray(losses, dtype=float)
-    window, highest = np.ones(max(1, len(losses) // 12)), max(1.05 * losses.max(), 1e-9)
+    window, top = np.ones(max(1, len(losses) // 12)), max(1.05 * losses.max(), 1e-9)
     # The division makes averages of the shorter windows at both ends, too.
     mean = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
     # PIL antialiases no lines: drawn at twice the size, and reduced.
     image, font = Image.new("RGB", (1800, 960), "white"), ImageFont.load_default(28)
     draw, x = ImageDraw.Draw(image), np.linspace(160, 1752, len(losses))
-    for share in (0, 0.5, 1):
+    for share in (0, 0.5, 1):                                          # of both axes: a line and two numbers
         y = 840 - 752 * share
-        draw.line((160, y, 1752, y), PALE if share else GREY, 2)
-        draw.text((144, y), f"{share * highest:.3g}", GREY, font, anchor="rm")
+        draw.line((160, y, 1752, y), PALE, 2)
+        draw.text((144, y), f"{share * top:.3g}", GREY, font, anchor="rm")
         draw.text((160 + 1592 * share, 860), f"{1 + share * (len(losses) - 1):.0f}", GREY, font, anchor="mt")
-    for column, row in zip(x, 840 - 752 * losses / highest):
+    for column, row in zip(x, 840 - 752 * losses / top):
         draw.ellipse((column - 5, row - 5, column + 5, row + 5), SKY)
-    draw.line([*zip(x, 840 - 752 * mean / highest)], BLUE, 6, joint="curve")
+    draw.line([*zip(x, 840 - 752 * mean / top)], BLUE, 6, joint="curve")
     draw.text((160, 28), f"loss by training step (line: mean of {len(window)} steps)", INK, font)
     return image.resize((900, 480), Image.Resampling.LANCZOS)
 
@@ -2050,7 +2081,7 @@ def check(config, motion):
     if not (config.use_mqk or config.use_mv and config.motion_type == "object"):
         raise UserError("neither MQK nor MV is in use: nothing is left; drop --no-mqk, --no-mv or camera")
     if config.format == "mp4":
-        call("ffmpeg", "-version")                                    # now, not after the training
+        check_ffmpeg()                                                # now, not after the training
     config.device = pick_device(config.device)
     if config.dtype == "auto":
         config.dtype = "float16" if config.device.startswith("cuda") else "float32"

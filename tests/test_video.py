@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_gif_comes_back_with_all_frames_and_does_not_flicker(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-@pytest.mark.parametrize("fps", [8, 10, 24, 12.5])
+@pytest.mark.parametrize("fps", [8, 10, 23.976, 12.5])
 def test_durations_add_up_and_the_clip_loops(tmp_path, suffix, fps):
     path, total = tmp_path / f"x{suffix}", 0
     mini_mi.write_video(path, clip(), fps)
@@ -92,6 +93,22 @@ def test_mp4_round_trip_also_of_odd_size(tmp_path, height, width):
     refused("has 12 frames, but 13 are needed", path, 13, even)
 
 
+def test_mp4_tells_its_colours_and_they_come_back(tmp_path):
+    """BT.709 with its tags, as players expect: of a film without tags they guess."""
+    if FFMPEG is None:
+        pytest.skip("needs ffmpeg")
+    video = np.repeat(np.asarray(bar(70))[None], 4, axis=0)
+    mini_mi.write_video(tmp_path / "x.mp4", video, 23.976)
+    tags = "color_range,color_space,color_transfer,color_primaries,r_frame_rate,pix_fmt"
+    told = subprocess.run(["ffprobe", "-v", "error", "-show_entries", f"stream={tags}",
+                           "-of", "default=nk=1:nw=1", tmp_path / "x.mp4"],
+                          capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(told[:-1]) == ["bt709", "bt709", "bt709", "tv", "yuv420p"]
+    assert abs(float(Fraction(told[-1])) - 23.976) < 1e-3
+    back = mini_mi.read_video(tmp_path / "x.mp4", 4, (160, 96))
+    assert np.abs(corners(back[0]) - COLOURS).max() < 12 and np.abs(back.astype(int) - video).mean() < 2
+
+
 def test_without_ffmpeg_a_video_file_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "x.mp4").write_bytes(b"anything")
@@ -99,6 +116,24 @@ def test_without_ffmpeg_a_video_file_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(mini_mi.UserError, match="needs the program ffmpeg"):
         mini_mi.write_video(tmp_path / "y.mp4", clip(), 8)
     assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"]
+
+
+@pytest.mark.parametrize("script, match", [
+    ("#!/bin/sh\necho cannot open libx.so >&2\nexit 127\n", "exit status 127, cannot open libx.so.: install"),
+    ("#!/bin/sh\nexit 1\n", "exit status 1, no message.: install"), ("#!/nosuch\n", "cannot be started")])
+def test_a_broken_ffmpeg_is_one_clear_line(tmp_path, monkeypatch, script, match):
+    (tmp_path / "ffmpeg").write_text(script)
+    (tmp_path / "ffmpeg").chmod(0o755)
+    (tmp_path / "x.mp4").write_bytes(b"anything")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(match, tmp_path / "x.mp4", 4, (16, 16))
+    with pytest.raises(mini_mi.UserError, match=match):
+        mini_mi.check_ffmpeg()
+
+
+def test_a_working_ffmpeg_passes_the_check():
+    if FFMPEG:
+        mini_mi.check_ffmpeg()
 
 
 def ffmpeg_make(path, *options):
@@ -130,14 +165,17 @@ def test_ffmpeg_reads_the_stored_frames_upright(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [(), ("-movflags", "+faststart")])
 def test_truncated_or_fake_mp4_is_refused(tmp_path, options):
-    fake = tmp_path / "fake.mp4"
+    """What ffmpeg says is passed on; "get it again" stands only where the end is known to be missing."""
+    fake = tmp_path / "fake.avi"
     fake.write_text("this is a text\n" * 50)
-    refused("damaged, truncated or no video" if FFMPEG else "ffmpeg", fake, 2, (16, 16))
+    refused("says: Invalid data found when processing input; give a video" if FFMPEG else "ffmpeg",
+            fake, 2, (16, 16))
     if FFMPEG:
         whole = ffmpeg_make(tmp_path / "x.mp4", *options).read_bytes()
         for share in (0.02, 0.3, 0.6, 0.9):
             fake.write_bytes(whole[: int(share * len(whole))])
-            refused("damaged, truncated or no video", fake, 2, (16, 16))
+            known = "; it is damaged or cut off, get it again" if 0.3 <= share < 0.9 else ""
+            refused(f"ffmpeg says: .*{known}", fake, 2, (16, 16))
 
 
 # ---- Which frames, and how they are scaled -------------------------------------------------------------
@@ -213,24 +251,28 @@ def corners(frame):
 COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])
 
 
-@pytest.fixture
-def film(tmp_path):
+@pytest.fixture(scope="session")
+def film(tmp_path_factory):
     """film(name, positions, *options, durations=None): a video of bars by ffmpeg, 10 frames a second
-    or as long as said."""
+    or as long as said, in a folder of its own."""
     if FFMPEG is None:
         pytest.skip("needs ffmpeg")
+    pictures = tmp_path_factory.mktemp("pictures")
 
     def make(name, positions, *options, durations=None, picture=bar):
-        lines = []
+        folder, lines = tmp_path_factory.mktemp("film"), []
         for n, position in enumerate(positions):
-            picture(position).save(tmp_path / f"bar{n}.png")
-            lines.append(f"file 'bar{n}.png'\nduration {durations[n] if durations else 0.1}\n")
+            file = (pictures if picture is bar else folder) / f"{position}.png"
+            if not file.exists():
+                picture(position).save(file)
+            lines.append(f"file '{file}'\nduration {durations[n] if durations else 0.1}\n")
         # The list's last entry gets no duration of its own unless another one follows.
-        (tmp_path / "list.txt").write_text("".join(lines))
-        subprocess.run([FFMPEG, "-v", "error", "-y", "-f", "concat", "-safe", "0",
-                        "-i", str(tmp_path / "list.txt"),
-                        "-vsync", "vfr", *map(str, options), str(tmp_path / name)], check=True)
-        return tmp_path / name
+        (folder / "list.txt").write_text("".join(lines))
+        rate, clock = ([], ["-vsync", "vfr"]) if durations else (["-r", "10"], [])
+        subprocess.run([FFMPEG, "-v", "error", "-y", *rate, "-f", "concat", "-safe", "0",
+                        "-i", str(folder / "list.txt"), *clock, *map(str, options), str(folder / name)],
+                       check=True)
+        return folder / name
     return make
 
 
@@ -253,32 +295,76 @@ def test_a_variable_rate_is_read_by_its_timestamps(film):
     ("x.avi", ("-c:v", "mpeg4", "-q:v", 2)), ("x.webm", ("-c:v", "libvpx", "-b:v", "2M"))])
 def test_a_part_of_a_film_is_the_same_frames_in_every_container(film, name, options):
     """Reordered frames, key frames in between, times that begin anywhere."""
-    path = film(name, range(0, 120, 2), *options)  # six seconds
-    whole = mini_mi.read_video(path, 60, (160, 96))
-    assert [round(p / 2) for p in bar_positions(whole)] == list(range(60))
-    part = mini_mi.read_video(path, 10, (160, 96), start=4.0, duration=1.0)
-    assert [round(p / 2) for p in bar_positions(part)] == list(range(40, 50))
+    path = film(name, range(0, 120, 4), *options)  # three seconds
+    whole = mini_mi.read_video(path, 30, (160, 96))
+    assert [round(p / 4) for p in bar_positions(whole)] == list(range(30))
+    part = mini_mi.read_video(path, 10, (160, 96), start=1.5, duration=1.0)
+    assert [round(p / 4) for p in bar_positions(part)] == list(range(15, 25))
     assert np.abs(corners(part[0]) - COLOURS).max() < 25
-    assert [round(p / 2) for p in bar_positions(
-        mini_mi.read_video(path, 4, (160, 96), start=5.6))] == [56, 57, 58, 59]
-    assert [round(p / 2) for p in bar_positions(
-        mini_mi.read_video(path, 3, (160, 96), 0.5, 0.3))] == [5, 6, 7]
-    refused("has 9 frames, but 11 are needed", path, 11, (160, 96), start=4.0, duration=0.9)
-    refused("s long: --start 5.5", path, 4, (160, 96), start=5.5, duration=2)
+    assert [round(p / 4) for p in bar_positions(
+        mini_mi.read_video(path, 4, (160, 96), start=2.6))] == [26, 27, 28, 29]
+    refused("has 9 frames, but 11 are needed", path, 11, (160, 96), start=1.5, duration=0.9)
+    refused("s long: --start 2.5", path, 4, (160, 96), start=2.5, duration=2)
+
+
+def joined(film):
+    """Segments joined by cat, as from HLS: the times begin anew in the middle."""
+    halves = [film("x.ts", range(n, n + 60, 3), *H264, "-bf", 0) for n in (0, 60)]
+    path = halves[0].with_name("joined.ts")
+    path.write_bytes(b"".join(half.read_bytes() for half in halves))
+    return path
+
+
+def of_two_sizes(film):
+    """A size that changes in the middle, as browsers record it."""
+    halves = [film("x.h264", range(n, n + 60, 3), *H264, "-bf", 0, "-vf", f"scale={size}:flags=neighbor")
+              for n, size in ((0, "160:96"), (60, "240:144"))]
+    stream, path = halves[0].with_name("both.h264"), halves[0].with_name("both.mkv")
+    stream.write_bytes(b"".join(half.read_bytes() for half in halves))
+    subprocess.run([FFMPEG, "-v", "error", "-r", "10", "-i", stream, "-c", "copy", path], check=True)
+    return path
+
+
+def of_equal_stamps(film):
+    """Two frames of one time stamp, twice, as recorders write them."""
+    return film("x.webm", range(0, 120, 3), "-vf", "settb=1/1000,setpts='(N-eq(N,9)-eq(N,25))*100'",
+                "-enc_time_base", "1/1000", "-vsync", "passthrough",
+                "-c:v", "libvpx", "-b:v", "2M", "-auto-alt-ref", 0)
+
+
+def raw_stream(film):
+    """A camera's: it has no times at all."""
+    return film("x.h264", range(0, 120, 3), *H264, "-bf", 2)
+
+
+@pytest.mark.parametrize("make", [joined, of_two_sizes, of_equal_stamps, raw_stream])
+def test_the_bar_moves_evenly_in_films_as_recorders_write_them(film, make):
+    path = make(film)
+    for frames, places in ((40, range(40)), (20, range(1, 40, 2)), (10, range(2, 40, 4))):
+        video = mini_mi.read_video(path, frames, (160, 96))
+        assert [round(p / 3) for p in bar_positions(video)] == [*places]
+    assert np.abs(corners(video[0]) - COLOURS).max() < 25 and np.abs(corners(video[-1]) - COLOURS).max() < 25
+    refused("has 40 frames, but 41 are needed", path, 41, (160, 96))
+
+
+def test_hundreds_of_frames_are_read(film):
+    path = film("x.mp4", range(130), *H264)
+    assert bar_positions(mini_mi.read_video(path, 130, (160, 96))) == [*range(130)]
 
 
 def test_a_part_of_a_long_film_is_read_without_the_rest(film, monkeypatch):
-    """ffprobe decodes nothing, and ffmpeg is told where to look."""
-    path, calls, real = film("x.mp4", range(0, 120, 2), *H264, "-g", 8), [], subprocess.run
-
-    def record(command, **how):
-        calls.append(command)
-        return real(command, **how)
-
-    monkeypatch.setattr(mini_mi.subprocess, "run", record)
-    mini_mi.read_video(path, 4, (160, 96), start=5, duration=0.4)
-    probe, read = calls
-    assert "-show_frames" not in probe and read.index("-ss") < read.index("-i") and len(calls) == 2
+    """ffmpeg is told where to look, and stops after the part; a raw stream is decoded from its beginning."""
+    path, commands = film("x.mp4", range(0, 120, 2), *H264, "-g", 4, durations=[0.3] * 60), []
+    run = subprocess.run
+    monkeypatch.setattr(mini_mi.subprocess, "run", lambda command, **how: commands.append(command) or
+                        run(command, **how))
+    video = mini_mi.read_video(path, 4, (160, 96), start=15, duration=1.2)
+    assert [round(p / 2) for p in bar_positions(video)] == [50, 51, 52, 53]
+    look, = commands
+    assert look.index("-ss") < look.index("-i") and any("trim=end=" in word for word in look)
+    raw = film("x.h264", range(0, 120), *H264, "-r", 5, durations=[0.2] * 120)
+    video = mini_mi.read_video(raw, 4, (160, 96), start=20, duration=0.8)
+    assert bar_positions(video) == [100, 101, 102, 103]
 
 
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
@@ -297,15 +383,11 @@ def test_hdr_becomes_sdr_or_is_refused_with_the_command(film, tmp_path, transfer
     video = mini_mi.read_video(path, 6, (160, 96))
     assert np.abs(corners(video[0]) - COLOURS).max() < 45 and bar_positions(video)[0] < 4
     assert np.abs(video[0, 20, 80].astype(int) - 60).max() < 15
-    lame = tmp_path / "bin"
-    lame.mkdir()
-    for name in ("ffmpeg", "ffprobe"):  # an ffmpeg without zimg
-        (lame / name).write_text(f'#!/bin/sh\ncase "$*" in *zscale*) '
-                                 f'echo "No such filter: \'zscale\'" >&2; exit 1;; esac\n'
-                                 f'exec {shutil.which(name)} "$@"\n')
-        (lame / name).chmod(0o755)
+    lame = tmp_path / "ffmpeg"                                                   # an ffmpeg without zimg
+    lame.write_text(f'#!/bin/sh\n{FFMPEG} "$@" 2>&1 >/dev/null | sed s/--enable-libzimg// >&2\n')
+    lame.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{lame}:{mini_mi.os.environ['PATH']}")
+        patch.setenv("PATH", f"{tmp_path}:{mini_mi.os.environ['PATH']}")
         refused("is HDR video.*ffmpeg -i .*zscale=.* sdr.mp4", path, 6, (160, 96))
 
 
@@ -379,19 +461,23 @@ def test_cmyk_is_read(tmp_path):
     assert np.abs(corners(frame) - COLOURS).max() < 12
 
 
-@pytest.mark.parametrize("mask", ["00003.png", "00003_mask.jpg", "3.PNG"])
-def test_pictures_and_masks_are_not_mixed(tmp_path, mask):
+def test_pictures_and_masks_are_not_mixed(tmp_path):
     for n in range(6):
         bar(10 * n).save(tmp_path / f"{n:05d}.jpg")
     assert len(mini_mi.read_video(tmp_path, 6, (160, 96))) == 6
-    Image.new("L", (160, 96)).save(tmp_path / mask)
+    Image.new("L", (160, 96)).save(tmp_path / "00003.png")
     refused("two pictures of one number, .*masks into a folder", tmp_path, 6, (160, 96))
 
 
-def test_names_without_numbers_are_a_clip(tmp_path):
-    for name in ("first", "last", "next"):
-        bar(10).save(tmp_path / f"{name}.png")
-    assert len(mini_mi.read_video(tmp_path, 3, (160, 96))) == 3
+@pytest.mark.parametrize("names", [
+    ["0", "0.25", "0.5", "1", "1.25", "2", "10"], ["shot1a", "shot1b", "shot2", "shot10"],
+    ["first", "last", "next"], ["Frame 9", "frame 10", "Frame 11"], ["clip.1", "clip.2", "clip.10"],
+    ["1403636579763555584", "1403636579763555585", "1403636579763555586"]])
+def test_pictures_come_in_the_order_of_the_numbers_in_their_names(tmp_path, names):
+    for n, name in reversed([*enumerate(names)]):
+        Image.new("L", (16, 16), 20 * n).save(tmp_path / f"{name}.png")
+    video = mini_mi.read_video(tmp_path, len(names), (16, 16))
+    assert video[:, 0, 0, 0].tolist() == [20 * n for n in range(len(names))]
 
 
 def test_frames_cover_the_size_and_are_cropped_to_the_centre(tmp_path):
@@ -406,6 +492,31 @@ def test_frames_cover_the_size_and_are_cropped_to_the_centre(tmp_path):
     mini_mi.write_video(tmp_path / "stripes.webp", stripes, 8)
     small = mini_mi.read_video(tmp_path / "stripes.webp", 1, (16, 16)).astype(int)
     assert np.abs(small - 127).max() < 12
+
+
+@pytest.mark.parametrize("stored, size, told", [
+    ((180, 320), (64, 64), "takes away 44% of the height: --size 48x88 keeps it"),
+    ((320, 180), (64, 64), "takes away 44% of the width: --size 88x48 keeps it"),
+    ((1080, 1920), (576, 320), "takes away 69% of the height: --size 320x576 keeps it"),
+    ((1920, 1080), (576, 320), None), ((96, 80), (64, 64), None)])
+def test_a_crop_that_takes_much_away_is_told_once(tmp_path, capsys, stored, size, told):
+    for n in range(3):
+        Image.new("L", stored, n).save(tmp_path / f"{n}.png")
+    mini_mi.check_crop.cache_clear()
+    mini_mi.read_video(tmp_path, 3, size)
+    assert capsys.readouterr().out == (f"note: the crop {told}\n" if told else "")
+
+
+def test_a_crop_is_told_of_films_and_turned_pictures(film, tmp_path, capsys):
+    """As they are shown: with square pixels, and upright."""
+    mini_mi.check_crop.cache_clear()
+    mini_mi.read_video(film("x.mp4", range(0, 40, 10), *H264, "-vf", "setsar=2"), 4, (96, 32))
+    assert capsys.readouterr().out == ""                                  # 320 x 96 pixels
+    lying = Image.new("L", (96, 32))
+    lying.getexif()[0x0112] = 6
+    lying.save(tmp_path / "x.jpg", exif=lying.getexif())
+    mini_mi.read_video(tmp_path / "x.jpg", 1, (96, 32))
+    assert "89% of the height: --size 32x96 keeps it" in capsys.readouterr().out
 
 
 def test_gif_frames_are_composited(tmp_path):
@@ -439,20 +550,28 @@ def test_missing_empty_and_fake_files(tmp_path):
         refused("is empty", tmp_path / name, 2, (16, 16))
     for suffix, start in ((".gif", "GIF89a"), (".png", "\x89PNG"), (".mp4", "GIF89a")):
         (tmp_path / f"text{suffix}").write_bytes(f"{start}, but only in words\n".encode("latin-1"))
-        refused("damaged, truncated or no video", tmp_path / f"text{suffix}", 2, (16, 16))
+        refused("damaged, truncated or no picture", tmp_path / f"text{suffix}", 2, (16, 16))
     (tmp_path / "pointer.mp4").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     refused("git-lfs pointer", tmp_path / "pointer.mp4", 2, (16, 16))
 
 
+def test_addresses_and_home_folders(tmp_path, monkeypatch):
+    refused("web address: download the video first", "https://example.org/clip.mp4?x=1", 2, (16, 16))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mini_mi.write_video(tmp_path / "x.webp", numbered(3), 8)
+    assert len(mini_mi.read_video("~/x.webp", 3, (16, 16))) == 3
+    refused(f"{tmp_path}/y.webp does not exist", "~/y.webp", 3, (16, 16))
+
+
 def test_a_program_in_the_clothes_of_a_picture_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("PostScript was run"))
     (tmp_path / "x.gif").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n")
-    refused("no video" if FFMPEG else "needs the program", tmp_path / "x.gif", 1, (16, 16))
+    refused("ffmpeg says" if FFMPEG else "needs the program", tmp_path / "x.gif", 1, (16, 16))
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "x.gif").rename(folder / "x.png")
-    refused("no video or picture", folder, 1, (16, 16))
+    refused("no picture", folder, 1, (16, 16))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
@@ -466,7 +585,7 @@ def test_truncated_pictures_are_refused(tmp_path, suffix):
     whole = path.read_bytes()
     for share in (0.001, 0.1, 0.37, 0.5, 0.73, 0.95):
         path.write_bytes(whole[: int(share * len(whole)) + 1])
-        refused("damaged|empty|needs the program", path, 2, (16, 16))
+        refused("damaged|empty|needs the program|ffmpeg says", path, 2, (16, 16))
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])  # PIL warns of the first and refuses the second
@@ -499,7 +618,7 @@ def test_a_long_clip_is_not_spread_in_silence(tmp_path, capsys):
 
 
 def test_folders_that_cannot_be_clips(tmp_path):
-    refused("no picture lies directly in it that can be read: .*.png", tmp_path, 2, (16, 16))
+    refused("no picture lies directly in it: .png, .*can be read", tmp_path, 2, (16, 16))
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
     Image.new("RGB", (32, 24)).save(tmp_path / "2.png")
     refused("mixes frames", tmp_path, 2, (16, 16))
