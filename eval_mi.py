@@ -24,7 +24,6 @@ A run can be killed at any time and goes on where it stopped. It leaves, in --ou
 A file that exists is not made again. DIGEST stands for everything else that determines it, so whatever is
 changed (settings, clip, weights, version of this code), other files are made, and the old ones stay.
 
-Order of this file: the question, metrics, statistics, the experiment, results, ballot, report, command line.
 The networks that judge are in data/networks.py, the voting page is in data/voting.py. Letters: B batch,
 F frames, h w pixels, H W latent grid, C channels, D feature width, n m counts of samples or tracks, K = F-1
 steps of a track.
@@ -104,39 +103,25 @@ class Variant:
 VARIANTS = {v.name: v for v in (
     Variant("full", "the method: 1D MQK, 2D MV, debias by differences"),
     # The two ablations that the paper has no numbers for: the part is missing from the start.
-    Variant("no-mqk", "without MQK the order of the motion suffers, since only MV is left to carry it",
-            "no-mqk"),
-    Variant("no-mv", "without MV the global course stays and local motion is lost; the text does not suffer",
-            "no-mv"),
+    Variant("no-mqk", "the order of the motion suffers: only MV is left to carry it", "no-mqk"),
+    Variant("no-mv", "the global course stays, local motion is lost; the text does not suffer", "no-mv"),
     # The same parts, taken away after training together: how much does the other one rely on its partner?
-    Variant("drop-mqk", "MV was trained beside MQK: alone it should do worse than MV trained alone (no-mqk)",
-            use={"use_mqk": False}),
-    Variant("drop-mv", "the authors' choice for camera motion: text similarity rises, fidelity falls",
-            use={"use_mv": False}),
-    Variant("debias-none", "raw MV carries the reference's appearance: leakage rises, text similarity falls",
-            use={"debias": "none"}),
-    Variant("debias-mean", "subtracting the mean removes static appearance as well as differences do",
-            use={"debias": "mean"}),
+    Variant("drop-mqk", "MV, trained beside MQK, does worse alone than in no-mqk", use={"use_mqk": False}),
+    Variant("drop-mv", "the authors' way for cameras: text rises, fidelity falls", use={"use_mv": False}),
+    Variant("debias-none", "appearance leaks, text similarity falls", use={"debias": "none"}),
+    Variant("debias-mean", "removes static appearance as well as differences do", use={"debias": "mean"}),
     Variant("mqk-2d", "a spatial MQK can hold the reference's shape: leakage rises", "mqk-2d"),
     Variant("mv-1d", "MV without space cannot hold local motion: fidelity falls", "mv-1d"),
-    Variant("debias-in-training", "MV that is trained as it is used fits better than MV debiased afterwards",
-            "debias-in-training"),
-    Variant("paper-settings", "the paper's rate, steps and noise levels: on a model like the paper's as good",
-            "paper"),
-    Variant("no-inversion", "from plain noise the embeddings alone must carry the motion: fidelity falls",
-            prior=False),
-    Variant("no-mqk-plain", "no-mqk where no start noise helps: all motion must come from MV",
-            "no-mqk", prior=False, against="no-inversion"),
-    Variant("no-mv-plain", "no-mv where no start noise helps: all motion must come from MQK",
-            "no-mv", prior=False, against="no-inversion"),
+    Variant("debias-in-training", "MV trained as it is used fits better", "debias-in-training"),
+    Variant("paper-settings", "on a model like the paper's as good", "paper"),
+    Variant("no-inversion", "the embeddings alone must carry the motion: fidelity falls", prior=False),
+    Variant("no-mqk-plain", "all motion must come from MV", "no-mqk", prior=False, against="no-inversion"),
+    Variant("no-mv-plain", "all motion must come from MQK", "no-mv", prior=False, against="no-inversion"),
     # The bounds: what is there without the method, and how far any method could get.
     Variant("base", "no embeddings, the same start noise: what the inverted noise alone achieves", None),
-    Variant("base-no-inversion", "no embeddings, plain noise: what the model does unasked", None,
-            prior=False),
-    Variant("reconstruct", "the reference's own prompt: the method without a conflict of appearance",
-            own_prompt=True),
-    Variant("vae", "the reference through the autoencoder and back: the upper bound", None, own_prompt=True,
-            sampled=False),
+    Variant("base-no-inversion", "no embeddings, plain noise: the model unasked", None, prior=False),
+    Variant("reconstruct", "the method without a conflict of appearance", own_prompt=True),
+    Variant("vae", "the reference through the autoencoder: the bound", None, own_prompt=True, sampled=False),
 )}
 ABLATIONS = ("no-mqk", "no-mv")
 DEFAULT_VARIANTS = ("full", *ABLATIONS, "drop-mqk", "drop-mv", "debias-none",
@@ -512,20 +497,17 @@ class Lab:
 def run_experiment(lab, ranks=1, rank=0):
     """Makes and judges the cells of this rank's clips that are not there yet. Every step leaves a file."""
     batches = list(itertools.chain(*plan(lab.settings, lab.clips)[rank::ranks]))
-    # One bar over forward passes of the UNet, since a training costs as much as dozens of samples.
-    with tqdm(total=lab.pipeline.passes(batches), disable=rank > 0, smoothing=0,
-              bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}") as bar:
-        for batch in batches:
-            if all(map(lab.paths.is_finished, batch)):
-                continue
-            bar.set_description_str(f"{batch[0].clip.name}: {batch[0].variant.name}")
-            # The whole batch again if one of it is missing: the same company gives the same last digits.
-            samples = [once(lab.paths.sample(cell)) for cell in batch]
-            if not all(samples):
-                samples = lab.pipeline.sample(batch, bar.update)
-            for cell, sample in zip(batch, samples):
-                once(lab.paths.sample(cell), lambda: sample)
-                once(lab.paths.score(cell), lambda: lab.judges.judge(cell, sample, lab.reference(cell.clip)))
+    missing = [batch for batch in batches if not all(map(lab.paths.is_finished, batch))]
+    bar = tqdm(missing, unit="batch", disable=rank > 0, smoothing=0)
+    for batch in bar:
+        bar.set_description(f"{batch[0].clip.name}: {batch[0].variant.name}")
+        # The whole batch again if one of it is missing: the same company gives the same last digits.
+        samples = [once(lab.paths.sample(cell)) for cell in batch]
+        if not all(samples):
+            samples = lab.pipeline.sample(batch)
+        for cell, sample in zip(batch, samples):
+            once(lab.paths.sample(cell), lambda: sample)
+            once(lab.paths.score(cell), lambda: lab.judges.judge(cell, sample, lab.reference(cell.clip)))
 
 
 def plan(s, clips):
@@ -730,23 +712,11 @@ class Pipeline:
     def __init__(self, s, model_folder, paths):
         self.settings, self.model_folder, self.paths = s, model_folder, paths
         self.device = torch.device(s.device)
-        self.sample_passes = s.sample_steps * (2 if s.guidance > 1 else 1)      # of the UNet, for one sample
 
     @functools.cached_property
     def models(self):
         """The text-to-video model."""
         return mini_mi.load_models(str(self.model_folder), self.device, getattr(torch, self.settings.dtype))
-
-    def passes(self, batches):
-        """Forward passes of the UNet, roughly, that these batches still need."""
-        missing = [cell for batch in batches if not all(self.paths.sample(cell).exists() for cell in batch)
-                   for cell in batch]
-        trainings = {(cell.clip, cell.variant.training, cell.train_seed) for cell in missing
-                     if cell.variant.training}
-        asked = [training_settings(self.settings, training) for clip, training, train_seed in trainings
-                 if not self.paths.motion(clip, training, train_seed).exists()]
-        return (sum(3 * how["steps"] * how["batch"] for how in asked)            # a way back counts 2
-                + self.sample_passes * sum(cell.variant.sampled for cell in missing))
 
     def invert(self, clip):
         """clip -> latents (1,C,F,H,W), and the noise that leads to them (1,C,F,H,W)."""
@@ -760,10 +730,8 @@ class Pipeline:
         kept = once(self.paths.noise(clip), make)
         return tuple(torch.from_numpy(kept[name]).to(self.device) for name in ("latents", "noise"))
 
-    def train(self, clip, training, train_seed, progress):
-        """clip -> MotionEmbeddings in eval mode; their `source` holds what they cost.
-        progress: is told the forward passes that are done, after every step.
-        """
+    def train(self, clip, training, train_seed):
+        """clip -> MotionEmbeddings in eval mode; their `source` holds what they cost."""
         s, on_gpu = self.settings, self.device.type == "cuda"
 
         def make():
@@ -773,7 +741,7 @@ class Pipeline:
             began, text = time.perf_counter(), mini_mi.encode_prompt(self.models, [clip.caption])
             motion = mini_mi.train_motion(
                 self.models, latents, text, **training_settings(s, training), seed=train_seed,
-                on_step=lambda *_: progress(3 * s.batch), checkpointing=s.checkpointing, progress=False)
+                checkpointing=s.checkpointing, progress=False)
             cost = {"train_seconds": time.perf_counter() - began,    # memory in MiB; a CPU does not tell
                     "memory": torch.cuda.max_memory_allocated(self.device) / 2 ** 20 if on_gpu else None,
                     "parameters": sum(p.numel() for p in motion.parameters())}
@@ -784,12 +752,12 @@ class Pipeline:
         path = self.paths.motion(clip, training, train_seed)
         return once(path, make, mini_mi.MotionEmbeddings.load, mini_mi.MotionEmbeddings.save).to(self.device)
 
-    def sample(self, cells, progress):
+    def sample(self, cells):
         """Cells of one clip and variant, in one batch -> their frames (F,h,w,3) uint8, and what they cost."""
         s, clip, variant = self.settings, cells[0].clip, cells[0].variant
         motion, cost = None, {"train_seconds": 0.0, "memory": None, "parameters": 0}
         if variant.training:
-            motion = self.train(clip, variant.training, cells[0].train_seed, progress)
+            motion = self.train(clip, variant.training, cells[0].train_seed)
             cost = motion.source["cost"]
             for name, value in variant.use.items():
                 setattr(motion, name, value)
@@ -805,7 +773,6 @@ class Pipeline:
                            for prompts in ([cell.prompt for cell in cells], [""] * len(cells)))
             latents = mini_mi.sample(self.models, noise, text, empty, s.sample_steps, s.guidance, motion,
                                      progress=False)
-            progress(self.sample_passes * len(cells))
         videos = [mini_mi.to_uint8(video) for video in mini_mi.decode_video(self.models, latents)]
         cost = {**cost, "sample_seconds": (time.perf_counter() - began) / len(cells)}
         return [{"about": {"cost": cost}, "frames": video} for video in videos]
@@ -1329,8 +1296,7 @@ def document(results):
           "by sign flips over participants." for name, (*test, p) in results["preference"]["tests"].items()),
         *results["preference"]["notes"]]
     if not people:
-        parts["votes"].append("User Preference: no votes yet. eval_mi.py --ballot writes the page on which "
-                              "people vote, and eval_mi.py --votes FILE... counts them.")
+        parts["votes"].append("User Preference: no votes yet; --ballot writes the page, --votes counts.")
     parts["notes"] = [
         f"Judges: {judges['clip']} for texts and frames; tracker {judges['tracker']}. The Fréchet distance "
         f"compares {judges['frechet']} features with those of {judges['real']}.",
@@ -1491,8 +1457,7 @@ class Settings(mini_mi.SharedConfig):
     report: bool = option("output", False, "only the report again, of finished cells or else of results.json")
     ballot: bool = option("output", False, "only write ballot.html, on which people vote, of finished cells")
     ballot_variants: str = option("output", ",".join(BALLOT_VARIANTS), "what people choose from")
-    votes: list = option("output", None, "only count these files, and folders of files, that voters saved; "
-                         "needs ballot.json and results.json")
+    votes: list = option("output", None, "only count the files, in folders too, that voters saved")
     # What only the model's folder says: the ballot's frames per second; that it knows data/world.py alone.
     fps: float = 8
     world: bool = False

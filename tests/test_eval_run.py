@@ -350,35 +350,6 @@ def test_trainings_of_a_clip_are_averaged(model, tmp_path):
     assert len(files(tmp_path, "motions")) == 2 * 2 * 2
 
 
-def test_the_bar_moves_with_every_training_step(model, tmp_path, monkeypatch):
-    """It ends at its total, and knows it from the start, in passes of the UNet: 3 for a training step."""
-    moved = []
-
-    class Bar:
-        def __init__(self, total, **options):
-            moved.append(total)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def update(self, n):
-            moved.append(n)
-
-        def set_description_str(self, text):
-            moved.append(text)
-
-        write = staticmethod(print)
-
-    monkeypatch.setattr(eval_mi, "tqdm", Bar)
-    more = ("--clip-count", "1", "--variants", "full", "--steps", "5")
-    assert eval_mi.main(arguments(model, tmp_path, *more)) == 0
-    total, name, *steps = moved
-    assert steps == [3] * 5 + [2 * 2 * 2] and total == sum(steps) and name.endswith(": full")
-
-
 # ---------------------------------------------------------------------- interrupted, damaged, shared, changed
 
 FEW = "--variants", "no-mqk,vae", "--clip-count", "2"             # 4 + 4 + 2 cells
