@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-# pytest.ini starts two processes: one thread for each, and for the programs they start. One process alone
-# takes two; the networks here are too small for more. torch reads this when it is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# pytest.ini starts two processes: a thread for each of them and for the programs that they start. torch reads
+# this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
