@@ -34,12 +34,14 @@ metric, simulated coverage for the intervals of means and shares. See tests/.
 
 import collections
 import contextlib
+import csv
 import dataclasses
 import datetime
 import functools
 import hashlib
 import html
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -63,7 +65,6 @@ from tqdm import tqdm
 
 import mini_mi
 from mini_mi import UserError, option
-
 
 
 def own_module(name):
@@ -531,7 +532,6 @@ def plan(s, clips):
 
 # -------------------------------------------------------------------------------------------- reference clips
 
-# Files that can be a clip; beside them, pictures that move and folders.
 VIDEO_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv".split())
 
 
@@ -869,8 +869,7 @@ class Judges:
 
 # ================= RESULTS: from finished cells to numbers with intervals, and to sentences =================
 
-# A finished cell, what `Judges.judge` wrote about it, and the arrays beside that.
-Sample = collections.namedtuple("Sample", "cell about arrays")
+Sample = collections.namedtuple("Sample", "cell arrays")      # a finished cell, and what `Judges.judge` wrote
 
 
 def collect(lab):
@@ -878,8 +877,8 @@ def collect(lab):
     take features. `analyse` needs no more than this.
     """
     kept = [(cell, once(lab.paths.score(cell))) for cell in lab.cells]
-    by_name = {name: [Sample(cell, found["about"], found) for cell, found in kept
-                      if found and cell.variant.name == name] for name in lab.settings.variants}
+    by_name = {name: [Sample(cell, found) for cell, found in kept if found and cell.variant.name == name]
+               for name in lab.settings.variants}
     by_name = {name: members for name, members in by_name.items() if members}
     if "full" not in by_name:
         raise UserError(f"{lab.paths.out} has no finished cell of this grid: leave --report out, "
@@ -929,9 +928,8 @@ def distance_to_real(lab, samples):
         floor = between(real, again)
     else:
         real = {clip.name: lab.reference(clip)["fid_features"] for clip in lab.clips if clip.name in names}
-        halves = names[::2], names[1::2]
-        if min(sum(len(real[name]) for name in half) for half in halves) > 1:
-            floor = between(real, real, *halves)
+        if len(names) > 1:
+            floor = between(real, real, names[::2], names[1::2])
     distance = functools.cache(functools.partial(between, fake, real))
     kid = kernel_distance(*(np.concatenate([*side.values()]) for side in (fake, real)))
     return distance, {"frechet": jackknife(distance, names), "frechet_floor": floor, "kid": kid,
@@ -1072,15 +1070,10 @@ def sentence_by_motion(comparison):
     tests = {m: comparison["metrics"][m].get("by_motion") for m in PRIMARY}
     if comparison["name"] not in ABLATIONS or None in tests.values():
         return ""
-    parts = [f"{METRICS[m][:-2]} {signed(test)} in the mean over motions, {test['same_sign']} of "
-             f"{test['motions']} of this sign" for m, test in tests.items()]
+    parts = [f"{METRICS[m][:-2]} {interval_text(test['mean'], test['low'], test['high'])} in the mean over "
+             f"motions, {test['same_sign']} of {test['motions']} of this sign" for m, test in tests.items()]
     return (f"{comparison['name']} with the {tests[PRIMARY[0]]['motions']} motions as units, since the clips "
             f"repeat them: {'; '.join(parts)}.")
-
-
-def signed(test, digits=3):
-    """A difference with its interval -> "-0.130 (-0.177 to -0.082)"."""
-    return f"{test['mean']:+.{digits}f} ({test['low']:+.{digits}f} to {test['high']:+.{digits}f})"
 
 
 def interaction(by_name):
@@ -1099,19 +1092,17 @@ def interaction(by_name):
             "together the parts bring less than the sum of what each brings alone" if high < 0 else
             "the parts add up, as far as these clips show")
     return [f"Interaction of MQK and MV in Motion Fidelity (full - no-mqk - no-mv + base, exploratory): "
-            f"{signed({'mean': mean, 'low': low, 'high': high})}; {p_text(p)}: {said}."]
+            f"{interval_text(mean, low, high)}; {p_text(p)}: {said}."]
 
 
 def embeddings_against_none(comparisons):
-    """What the method gains and costs, with the same start noise: full against base, in every metric."""
+    """What the method gains and costs with the same start noise: base - full turned round, in each metric."""
     parts = []
     for comparison in [c for c in comparisons if c["name"] == "base"]:
         tests = {METRICS[m][:-2]: (t["mean"], t["low"], t["high"]) for m, t in comparison["metrics"].items()}
         tests["Fréchet distance"] = comparison["frechet"]
-        for title, triple in tests.items():
-            if triple and all(map(is_known, triple)):
-                mean, high, low = (0.0 - value for value in triple)  # base - full, turned round
-                parts.append(f"{title} {signed({'mean': mean, 'low': low, 'high': high}, digits=4)}")
+        parts += [f"{title} {interval_text(0.0 - mean, 0.0 - high, 0.0 - low, '+.4f')}" for title, (
+            mean, low, high) in tests.items() if is_known(low)]
     return [f"full against base, exploratory: {'; '.join(parts)}."] if parts else []
 
 
@@ -1131,6 +1122,7 @@ def way_to_the_bound(rows):
 # ============= BALLOT: User Preference, from a page that people vote on to shares with intervals ============
 
 FEW = 5                                              # participants below which shares are no result yet
+Vote = collections.namedtuple("Vote", "participant question choice")     # choice: the id of a candidate
 
 
 def make_ballot(lab, most=20):
@@ -1194,9 +1186,58 @@ def count_votes(paths, file):
     with mini_mi.built_from(file):
         variant_of = {key: name for candidates in ballot["questions"].values()
                       for key, name in candidates.items()}
-        votes, notes = voting.read_votes(paths, ballot)
+        votes, notes = read_votes(paths, ballot)
     return {"shares": preference(votes, variant_of), "tests": preference_tests(votes, variant_of),
             "notes": notes}
+
+
+def read_votes(paths, ballot):
+    """Votes from files, and folders of files, that participants saved -> (list of Vote, notes).
+    Each question of each participant counts once: its last answer, files taken in the order given. Whoever
+    did not give the right answer to every attention check is left out; a file that is not of this run, too.
+    notes tell it, a line each. ballot: as ballot.json keeps it.
+    """
+    answers, notes = {}, []
+    for path in map(Path, paths):
+        # A browser saves a second time as "votes-ID (1).csv": the longer name is the later one.
+        files = sorted(path.glob("*.csv"), key=lambda f: (len(f.name), f.name)) if path.is_dir() else [path]
+        notes += [] if files else [f"{path}: no .csv file in it"]
+        for file in files:
+            try:
+                answers |= read_ballot(file, ballot)
+            except (OSError, ValueError, csv.Error) as e:            # text that is not UTF-8 is a ValueError
+                notes.append(f"{file} left out: {' '.join(str(e).split())}")
+    people = {person for person, _ in answers}
+    careful = {person for person in people if all(answers.get((person, question)) == check["right"]
+                                                  for question, check in ballot["checks"].items())}
+    if careful != people:
+        notes.append(f"{len(people - careful)} of {len(people)} participants left out: not all of the "
+                     f"{len(ballot['checks'])} attention checks passed")
+    return [Vote(person, question, choice) for (person, question), choice in answers.items()
+            if person in careful and question in ballot["questions"]], notes
+
+
+def read_ballot(file, ballot):
+    """A saved file -> (participant, question id) -> choice; ValueError says which cell is not of this run."""
+    candidates = {**ballot["questions"],
+                  **{key: check["candidates"] for key, check in ballot["checks"].items()}}
+    found, text = {}, Path(file).read_text(encoding="utf-8-sig")
+    # Spreadsheets begin a file with a mark, and some write semicolons.
+    reader = csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ",")
+    for row in reader:
+        if list(row) != voting.VOTE_FIELDS or None in row.values():
+            raise ValueError(f"its columns are not {','.join(voting.VOTE_FIELDS)}")
+        shown = candidates.get(row["question"], ())
+        fits = {"run": row["run"] == ballot["run"], "participant": row["participant"] != "",
+                "question": bool(shown), "shown": sorted(row["shown"].split("|")) == sorted(shown),
+                "choice": row["choice"] in shown}
+        for field in [field for field, right in fits.items() if not right]:
+            raise ValueError(f"line {reader.line_num}, {field}: the page of this run ({ballot['run']}) did "
+                             f"not write {row[field][:40]!r}; a vote on another run, or a program changed it")
+        found[row["participant"], row["question"]] = row["choice"]
+    if not found:
+        raise ValueError("there is no vote in it")
+    return found
 
 
 def preference(votes, variant_of):
@@ -1247,9 +1288,9 @@ def plus_minus(triple, form=".3f"):
     return f"{number(triple[0], form)} ± {number(half, form.lstrip('+'))}" if triple else "–"
 
 
-def share_text(share, low, high):
-    """A share's interval is not symmetric -> "0.95 (0.91 to 0.98)"."""
-    return f"{share:.3f} ({low:.3f} to {high:.3f})"
+def interval_text(mean, low, high, form="+.3f"):
+    """Both ends of the interval -> "-0.130 (-0.177 to -0.082)"; that of a share is not symmetric."""
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
 def document(results):
@@ -1260,11 +1301,12 @@ def document(results):
     for r in rows:
         cost, vote = r["cost"], people.get(r["name"])
         waits = "no votes yet" if not people and r["name"] in BALLOT_VARIANTS else "–"
-        metrics = [(METRICS[m], share_text(*triple) if m == "attributes" else plus_minus(triple))
+        metrics = [(METRICS[m], interval_text(*triple, ".3f") if m == "attributes" else plus_minus(triple))
                    for m, triple in r["metrics"].items() if m != "shape_frames"]
         parts["main"].append({
             "variant": r["name"], **dict(metrics[:3]), distance: plus_minus(r["frechet"], ".4f"),
-            "User Preference ↑": share_text(vote["share"], vote["low"], vote["high"]) if vote else waits,
+            "User Preference ↑": interval_text(
+                vote["share"], vote["low"], vote["high"], ".3f") if vote else waits,
             **dict(metrics[3:]), "n (clips)": f"{r['n']} ({r['clips']})"})
         parts["details"].append({
             "variant": r["name"], "frames": str(r["frames"]),
@@ -1302,8 +1344,9 @@ def document(results):
         f"compares {judges['frechet']} features with those of {judges['real']}.",
         "Chance level of Motion Fidelity, against reference clips of other motions: "
         f"{plus_minus(results['chance'])}.", *parts["votes"]]
-    if results["finished"] < results["planned"]:
-        parts["notes"].append(f"Unfinished: {results['finished']} of {results['planned']} cells.")
+    run = results["run"]
+    parts["run"] = [f"{run['command']}, {run['date']}, {run['machine']}: {run['computed']} cells made in "
+                    f"{run['minutes']:.1f} minutes; finished: {results['finished']} of {results['planned']}."]
     return parts
 
 
@@ -1398,25 +1441,21 @@ def write_report(out, results, lab=None):
     """Writes the four files of the report; prints the table and the sentences. Without a lab the page keeps
     the clips and figures that it has: votes are counted where there may be no cells.
     """
-    parts, forest, run = document(results), forest_plot(results), results["run"]
+    parts, forest = document(results), forest_plot(results)
     # JSON has no infinity: what is not finite becomes null.
     known = json.loads(json.dumps(results), parse_constant=lambda name: None)
     write_text(out / "results.json", json.dumps(known, indent=1))
     page = (mini_mi.HERE / "data" / "report.html").read_text(encoding="utf-8")
     style = re.search("<style>.*?</style>", page, re.DOTALL)[0]
     write_text(out / "results.svg", forest.replace(">", f">{style}", 1))
-    order = "main", "others", "differences", "details", "notes"
+    order = "main", "others", "differences", "details", "notes", "run"
     write_text(out / "results.md", "\n\n".join([
         as_markdown(parts["answers"]), "![Differences from the full method, 95 % intervals](results.svg)",
-        *(as_markdown(parts[name]) for name in order),
-        f"`{run['command']}`, {run['date']}, {run['machine']}, {run['minutes']:.1f} minutes "
-        f"for {run['computed']} of {results['planned']} cells"]) + "\n")
+        *(as_markdown(parts[name]) for name in order)]) + "\n")
     with_pixels = re.compile("<!-- pixels -->.*<!-- /pixels -->", re.DOTALL)
     page = string.Template(page).substitute(
         {name: as_html(parts[name]) for name in ("answers", "expected", *order)}, forest=forest,
-        clips=clip_rows(lab) if lab else "",
-        run=html.escape(" · ".join([run["command"], run["date"], run["machine"],
-                                    f"{results['finished']} of {results['planned']} cells"])))
+        clips=clip_rows(lab) if lab else "")
     if lab is None:
         old = (out / "report.html").read_text(encoding="utf-8") if (out / "report.html").exists() else ""
         kept = with_pixels.search(old)
@@ -1467,7 +1506,8 @@ def parse(argv=None):
     """Command line -> Settings: the paper's defaults, what the model's folder says, what was given."""
     given = mini_mi.parse_given(Settings, argv, "eval_mi.py", __doc__)
     model_says = mini_mi.model_settings(given.get("model", Settings.model))
-    s = mini_mi.merged(Settings, model_says, model_says.get("eval", {}), given)
+    quick = {"clip_count": 3, "prompt_count": 1, "seed_count": 1} if "quick" in given else {}
+    s = mini_mi.merged(Settings, model_says, model_says.get("eval", {}), quick, given)
     s.device = mini_mi.pick_device(s.device)
     if s.device == "cuda":                         # under torchrun every process of a machine takes its own
         # Where each task sees one card, as SLURM can have it, that is the one.
@@ -1487,8 +1527,6 @@ def parse(argv=None):
     for path in s.votes or ():
         if not Path(path).exists():
             raise UserError(f"--votes {path}: there is no such file or folder")
-    if s.quick:
-        s.clip_count, s.prompt_count, s.seed_count = min(3, s.clip_count), 1, 1
     return s
 
 

@@ -1,4 +1,4 @@
-"""The page on which people vote, and the files that it saves. eval_mi.py --ballot and --votes use it.
+"""The page on which people vote, which eval_mi.py --ballot writes; eval_mi.py --votes counts what it saves.
 
 A question shows a reference clip, a text, and a candidate of every variant, in an order drawn for each
 participant. Two questions are attention checks. Nothing on the page tells a variant or a check; ballot.json
@@ -7,7 +7,6 @@ does, which stays with whoever counts.
 
 import base64
 import collections
-import csv
 import hashlib
 import io
 import json
@@ -19,8 +18,6 @@ from PIL import Image
 
 VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
 
-# A participant's choice: the id of a candidate of that question.
-Vote = collections.namedtuple("Vote", "participant question choice")
 # Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8. id and the
 # keys of candidates are opaque; every question has a candidate of every variant of the ballot. caption, what
 # the reference shows, is the prompt of an attention check.
@@ -88,57 +85,3 @@ def film_strip(frames, most=320, lossless=128):
     file = io.BytesIO()
     strip.save(file, "WEBP", quality=82, lossless=side <= lossless)
     return {"frames": count, "src": f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"}
-
-
-def read_votes(paths, ballot):
-    """Votes from files, and folders of files, that participants saved -> (list of Vote, notes).
-    Each question of each participant counts once: its last answer, files taken in the order given. Whoever
-    did not give the right answer to every attention check is left out; a file that is not of this run, too.
-    notes tell it, a line each. ballot: as ballot.json keeps it.
-    """
-    answers, notes, changed = {}, [], 0
-    for path in map(Path, paths):
-        # A browser saves a second time as "votes-ID (1).csv": the longer name is the later one.
-        files = sorted(path.glob("*.csv"), key=lambda f: (len(f.name), f.name)) if path.is_dir() else [path]
-        notes += [] if files else [f"{path}: no .csv file in it"]
-        for file in files:
-            try:
-                found = read_ballot(file, ballot)
-            except (OSError, ValueError, csv.Error) as e:            # text that is not UTF-8 is a ValueError
-                notes.append(f"{file} left out: {' '.join(str(e).split())}")
-                continue
-            changed += sum(answers.get(asked, choice) != choice for asked, choice in found.items())
-            answers.update(found)
-    people = {person for person, _ in answers}
-    careful = {person for person in people if all(answers.get((person, question)) == check["right"]
-                                                  for question, check in ballot["checks"].items())}
-    if careful != people:
-        notes.append(f"{len(people - careful)} of {len(people)} participants left out: not all of the "
-                     f"{len(ballot['checks'])} attention checks passed")
-    if changed:
-        notes.append(f"{changed} answers differ between two files of a participant: the later file counts")
-    return [Vote(person, question, choice) for (person, question), choice in answers.items()
-            if person in careful and question in ballot["questions"]], notes
-
-
-def read_ballot(file, ballot):
-    """A saved file -> (participant, question id) -> choice; ValueError says which cell is not of this run."""
-    candidates = {**ballot["questions"],
-                  **{key: check["candidates"] for key, check in ballot["checks"].items()}}
-    found, text = {}, Path(file).read_text(encoding="utf-8-sig")
-    # Spreadsheets begin a file with a mark, and some write semicolons.
-    reader = csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ",")
-    for row in reader:
-        if list(row) != VOTE_FIELDS or None in row.values():
-            raise ValueError(f"its columns are not {','.join(VOTE_FIELDS)}")
-        shown = candidates.get(row["question"], ())
-        fits = {"run": row["run"] == ballot["run"], "participant": row["participant"] != "",
-                "question": bool(shown), "shown": sorted(row["shown"].split("|")) == sorted(shown),
-                "choice": row["choice"] in shown}
-        for field in [field for field, right in fits.items() if not right]:
-            raise ValueError(f"line {reader.line_num}, {field}: the page of this run ({ballot['run']}) did "
-                             f"not write {row[field][:40]!r}; a vote on another run, or a program changed it")
-        found[row["participant"], row["question"]] = row["choice"]
-    if not found:
-        raise ValueError("there is no vote in it")
-    return found

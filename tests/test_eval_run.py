@@ -240,6 +240,11 @@ def test_a_variant_brings_what_it_is_held_against():
     assert names == ["full", "no-mqk-plain", "no-mv", "no-inversion"]
 
 
+def test_quick_is_a_smaller_grid_of_which_more_can_be_asked():
+    s = eval_mi.parse(["--quick", "--seed-count", "2"])
+    assert (s.clip_count, s.prompt_count, s.seed_count) == (3, 1, 2)
+
+
 def test_a_ballot_is_not_written_and_counted_at_once(tmp_path):
     with pytest.raises(mini_mi.UserError, match="one after the other"):
         eval_mi.parse(["--ballot", "--votes", str(tmp_path)])
