@@ -929,6 +929,9 @@ class AutoencoderKL(nn.Module):
             mid_block_add_attention=True,
             only=dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None,
                       use_quant_conv=True, use_post_quant_conv=True))
+        for field, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
+            if set(config.get(field, [kind])) != {kind}:
+                raise UserError(f"autoencoder config: {field} {config[field]}: only {kind} is implemented")
         self.scaling_factor, z = c.scaling_factor, c.latent_channels
         self.factor = 2 ** (len(c.block_out_channels) - 1)      # h / H
         self.encoder = VAEHalf(c, c.in_channels, 2 * z, encoder=True)
@@ -986,20 +989,11 @@ class CLIPEncoderLayer(nn.Module):
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
-class CLIPTextModel(nn.Module):
-    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
+class CLIPTextTransformer(nn.Module):
+    """Token and position embeddings, causal layers, final norm: ids (B,L) -> (B,L,D)."""
 
-    Token and position embeddings, causal layers, final norm. All L states go to cross-attention and nothing
-    masks the padding: the pad token is part of the conditioning. Source: transformers' CLIPTextModel, whose
-    keys these are, as version 5 writes them; files of older versions put `text_model.` before each.
-    """
-
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        c = read_config(
-            "text encoder", config, vocab_size=49408, hidden_size=512, intermediate_size=2048,
-            num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, layer_norm_eps=1e-5,
-            only=dict(hidden_act=tuple(ACTIVATIONS)))
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
             "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
@@ -1012,6 +1006,24 @@ class CLIPTextModel(nn.Module):
         for layer in self.encoder.layers:
             x = layer(x)
         return self.final_layer_norm(x)
+
+
+class CLIPTextModel(nn.Module):
+    """The text encoder of Stable Diffusion and ZeroScope: ids (B,L) -> final, normed states (B,L,D).
+
+    All L states go to cross-attention and nothing masks the padding: the pad token is part of the
+    conditioning. Source: transformers' CLIPTextModel, whose keys these are.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.text_model = CLIPTextTransformer(read_config(
+            "text encoder", config, vocab_size=49408, hidden_size=512, intermediate_size=2048,
+            num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, layer_norm_eps=1e-5,
+            only=dict(hidden_act=tuple(ACTIVATIONS))))
+
+    def forward(self, ids):
+        return self.text_model(ids)
 
 
 @torch.no_grad()
@@ -1296,7 +1308,11 @@ SAFETENSORS_DTYPES = {
 def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
-        data = torch.from_numpy(np.fromfile(path, np.uint8))            # some file systems map no files
+        try:                                # mapped: pages load when they are used, and writing stays private
+            data = np.memmap(path, np.uint8, "c")
+        except OSError:                     # some file systems map no files
+            data = np.fromfile(path, np.uint8)
+        data = torch.from_numpy(data)
         start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
         header, data, tensors = json.loads(data[8:start].numpy().tobytes()), data[start:], {}
         metadata = header.pop("__metadata__", {})
@@ -1402,8 +1418,8 @@ def load_module(build, folder, stem, device, dtype):
                                 "get its float16 or float32 weights")
             for old, new in OLD_ATTENTION.items():
                 key = key.replace(f"mid_block.attentions.0.{old}.", f"mid_block.attentions.0.{new}.")
-            short = key.removeprefix("text_model.")                 # transformers 5 leaves it out
-            tensors[short if short in expected else key] = value.to(device, dtype)
+            prefix = "text_model." if f"text_model.{key}" in expected else ""   # transformers 5 leaves it out
+            tensors[prefix + key] = value.to(device, dtype)
     shapes, found = ({(key, tuple(value.shape)) for key, value in state.items()}
                      for state in (expected, tensors))
     if shapes != found:
@@ -1546,8 +1562,7 @@ def fetch(repo, *parts, weights=True):
                 temporary.write_text(sha)
         for name in names:
             sha256 = files[name].get("lfs", {}).get("sha256")    # the hub has one for large files only
-            # A small file comes by `raw` without a redirect, which would lose the token.
-            path = f"{repo}/{'resolve' if sha256 else 'raw'}/{sha}/{quote(name)}"
+            path = f"{repo}/resolve/{sha}/{quote(name)}"
             for wait in (0.5, 1, 2, 4, None):
                 try:
                     download(path, store / "snapshots" / sha / name, files[name]["size"], sha256)

@@ -353,7 +353,7 @@ def train_clip(args):
     model.logit_scale.clamp_(max=math.log(20))
     write_part(args, "clip", model, config, "model")
     text = mini_mi.CLIPTextModel({**TEXT, **ends})
-    text.load_state_dict(model.text_model.state_dict())
+    text.text_model.load_state_dict(model.text_model.state_dict())
     write_part(args, "text_encoder", text, {**TEXT, **ends, "architectures": ["CLIPTextModel"]}, "model")
 
 

@@ -58,7 +58,7 @@ class CLIPModel(nn.Module):
         super().__init__()
         text, width = config.get("text_config", {}), config.get("projection_dim", 512)
         self.eos_token_id = text.get("eos_token_id", 49407)
-        self.text_model = mini_mi.CLIPTextModel(text)
+        self.text_model = mini_mi.CLIPTextModel(text).text_model
         self.vision_model = CLIPVisionTransformer(config.get("vision_config", {}))
         self.text_projection, self.visual_projection = (
             nn.Linear(len(norm.weight), width, bias=False)

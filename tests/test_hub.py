@@ -21,8 +21,8 @@ Request = collections.namedtuple("Request", "host path range token")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As the real hub: a list of files with sizes and hashes; small files under raw, large ones under
-    resolve, by way of a redirect to another host."""
+    """As the real hub: a list of files with sizes and hashes; large ones come by way of a redirect to
+    another host."""
 
     def log_message(self, *args):
         pass
@@ -45,10 +45,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(200, hub.listing() if hub.listing else hub.list_files())
         if hub.troubles:
             return self.answer(hub.troubles.pop(0))
-        of = {f"/{REPO}/raw": hub.small, f"/{REPO}/resolve": hub.large, "/storage": hub.large}
+        of = {f"/{REPO}/resolve": {**hub.small, **hub.large}, "/storage": hub.large}
         if name not in of.get(start, ()):
             return self.answer(404)
-        if start.endswith("/resolve"):
+        if start.endswith("/resolve") and name in hub.large:
             return self.answer(302, Location=f"{hub.redirect.format(port=hub.server_port)}/{hub.sha}/{name}")
         content, begin, status = hub.files[name], 0, 200
         if wanted and hub.ranges:
@@ -397,4 +397,4 @@ def test_a_snapshot_that_lacks_a_file_is_completed_at_its_commit(hub, tmp_path):
     assert mini_mi.fetch(REPO, "unet") == folder and hub.requests == []
     assert mini_mi.model_folder(REPO) == folder and (folder / "vae" / "config.json").read_bytes() == b"{}"
     assert [r.path for r in hub.requests] == [
-        f"/api/models/{REPO}/revision/{SHA}?blobs=true", f"/{REPO}/raw/{SHA}/vae/config.json"]
+        f"/api/models/{REPO}/revision/{SHA}?blobs=true", f"/{REPO}/resolve/{SHA}/vae/config.json"]

@@ -31,7 +31,7 @@ def test_text_encoder_equals_transformers(act, width, heads, layers, length):
                                          num_hidden_layers=layers, num_attention_heads=heads, hidden_act=act,
                                          max_position_embeddings=length, layer_norm_eps=1e-4)
     reference = randomise(transformers.CLIPTextModel(config).eval())
-    weights = {key.removeprefix("text_model."): value
+    weights = {f"text_model.{key.removeprefix('text_model.')}": value
                for key, value in reference.state_dict().items()}
     ours = mini_mi.CLIPTextModel(config.to_dict()).eval()
     ours.load_state_dict(weights, strict=True)
@@ -272,6 +272,7 @@ KINDS = {"text": (mini_mi.CLIPTextModel, TEXT), "vae": (mini_mi.AutoencoderKL, V
 @pytest.mark.parametrize("kind, field, value", [
     ("text", "hidden_act", "relu"), ("vae", "act_fn", "gelu"), ("vae", "shift_factor", 0.1),
     ("vae", "latents_mean", [0.0] * 4), ("vae", "use_quant_conv", False),
+    ("vae", "down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]),
     ("unet", "act_fn", "gelu"), ("unet", "time_cond_proj_dim", 32), ("unet", "num_attention_heads", 4),
     ("unet", "down_block_types", ["CrossAttnDownBlock2D", "DownBlock3D"]),
     ("unet", "up_block_types", ["CrossAttnUpBlock3D", "UpBlock3D"]), ("unet", "block_out_channels", [32]),
@@ -347,7 +348,7 @@ def test_old_keys_of_the_autoencoder_load(copy, models):
 def test_keys_of_the_text_encoder_load_with_and_without_prefix(copy, models, prefix):
     """transformers 5 drops the prefix; before 4.31 a buffer position_ids was stored."""
     path = copy / "text_encoder" / "model.safetensors"
-    tensors = {prefix + key: v.clone() for key, v in mini_mi.load_tensors(path).items()}
+    tensors = {key.replace("text_model.", prefix): v.clone() for key, v in mini_mi.load_tensors(path).items()}
     tensors[f"{prefix}embeddings.position_ids"] = torch.arange(16)[None]
     path.unlink()
     torch.save(tensors, path.with_name("pytorch_model.bin"))

@@ -148,7 +148,7 @@ def test_clip_tells_captions_of_real_clips_apart():
 
 def test_text_encoder_is_the_clip_text_tower(tiny):
     clip, _, _ = eval_mi.load_clip(TINY / "clip")
-    ours, theirs = tiny.text_encoder.state_dict(), clip.text_model.state_dict()
+    ours, theirs = tiny.text_encoder.text_model.state_dict(), clip.text_model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
