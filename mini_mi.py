@@ -514,7 +514,7 @@ def predict(models, x, t, text, motion=None, checkpointing=False):
 class UNet3DConditionModel(nn.Module):
     """x (B,C,F,H,W), t (int, 0-d or (B,)), text (B,L,D), motion (MotionEmbeddings or None) -> (B,C,F,H,W).
 
-    checkpointing: backward computes each layer once more instead of finding its activations in memory.
+    checkpointing: backward computes each part once more instead of finding its activations in memory.
 
     ZeroScope, as a table. `attn`: the level has spatial and temporal transformers; in `up` each layer reads
     what comes from below beside the skip that is on top of the stack. * is where the method puts its
@@ -594,21 +594,21 @@ class UNet3DConditionModel(nn.Module):
         hidden = self.conv_in(x.transpose(1, 2).flatten(0, 1).contiguous())                   # (B*F, C, H, W)
         hidden = self.transformer_in(hidden, frames)
         recompute = functools.partial(checkpoint, use_reentrant=False)
-        run_layer = recompute if checkpointing else lambda layer, *args: layer(*args)
-        rest = emb, text, frames, motion
+        run = recompute if checkpointing else lambda part, *args: part(*args)
+        rest = emb, text, frames, motion, run
         skips = [hidden]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                hidden = run_layer(block.layer, i, hidden, *rest)
+                hidden = block.layer(i, hidden, *rest)
                 skips.append(hidden)
             for halve in block.downsamplers:
                 hidden = halve(hidden)
                 skips.append(hidden)
         for i in range(len(self.mid_block.resnets)):
-            hidden = run_layer(self.mid_block.layer, i, hidden, *rest)
+            hidden = self.mid_block.layer(i, hidden, *rest)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                hidden = run_layer(block.layer, i, torch.cat([hidden, skips.pop()], dim=1), *rest)
+                hidden = block.layer(i, torch.cat([hidden, skips.pop()], dim=1), *rest)
             for double in block.upsamplers:
                 hidden = double(hidden, size=skips[-1].shape[-2:])
         out = self.conv_out(nnf.silu(self.conv_norm_out(hidden)))
@@ -649,11 +649,15 @@ class UNetBlock3D(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample2D(width, (1, 1, 1, 1))] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample2D(width)] if upsample else [])
 
-    def layer(self, i, x, emb, text, frames, motion):
-        """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W)."""
-        x = self.temp_convs[i](self.resnets[i](x, emb), frames)
+    def layer(self, i, x, emb, text, frames, motion, run):
+        """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W); run(part, *inputs) runs a part.
+
+        Checkpointing recomputes one part at a time: the activations of a whole layer would be the peak.
+        """
+        x = run(lambda x: self.temp_convs[i](self.resnets[i](x, emb), frames), x)
         if i < len(self.attentions):
-            x = self.temp_attentions[i](self.attentions[i](x, text), frames, motion)
+            x = run(self.attentions[i], x, text)
+            x = run(self.temp_attentions[i], x, frames, motion)
         return x
 
 
