@@ -1159,21 +1159,21 @@ def ballot_questions(lab, most):
     """
     s, questions, variant_of = lab.settings, [], {}
     ready = []
-    for clip, prompt_index in itertools.product(lab.clips, range(s.prompt_count)):
-        files = {name: lab.paths.sample(Cell(VARIANTS[name], clip, prompt_index, 0))
+    for clip, prompt_index, seed in itertools.product(lab.clips, range(s.prompt_count), range(s.seed_count)):
+        files = {name: lab.paths.sample(Cell(VARIANTS[name], clip, prompt_index, seed))
                  for name in s.ballot_variants}
         if all(file.exists() for file in files.values()):
-            ready.append((clip, prompt_index, files))
+            ready.append((clip, prompt_index, seed, files))
     if not ready:
-        raise UserError(f"no prompt has a finished cell of each of {', '.join(s.ballot_variants)}")
+        raise UserError(f"no sample has a finished cell of each of {', '.join(s.ballot_variants)}")
     for n in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int):
-        (clip, prompt_index, files), candidates = ready[n], {}
+        (clip, prompt_index, seed, files), candidates = ready[n], {}
         for name, file in files.items():
             key = voting.opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
             with mini_mi.built_from(file, "is damaged"):
                 candidates[key], variant_of[key] = read_arrays(file)["frames"], name
         questions.append(voting.Question(
-            voting.opaque("q", clip.name, prompt_index), clip.prompts[prompt_index], clip.frames, candidates,
+            voting.opaque("q", clip.name, prompt_index, seed), clip.prompts[prompt_index], clip.frames, candidates,
             clip.caption))
     return questions, variant_of
 
