@@ -1100,7 +1100,7 @@ def embeddings_against_none(comparisons):
     parts = []
     for comparison in [c for c in comparisons if c["name"] == "base"]:
         tests = {METRICS[m][:-2]: (t["mean"], t["low"], t["high"]) for m, t in comparison["metrics"].items()}
-        tests["Fréchet distance"] = comparison["frechet"]
+        tests["Fréchet distance"] = comparison["frechet"] or (None,) * 3
         parts += [f"{title} {interval_text(0.0 - mean, 0.0 - high, 0.0 - low, '+.4f')}" for title, (
             mean, low, high) in tests.items() if is_known(low)]
     return [f"full against base, exploratory: {'; '.join(parts)}."] if parts else []

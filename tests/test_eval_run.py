@@ -533,7 +533,7 @@ def test_a_ballot_from_finished_cells_and_its_votes_without_any(copy, model, tmp
     assert eval_mi.main(arguments(model, copy, "--votes", str(copy))) == 2
     assert "ballot.json is missing" in capsys.readouterr().err
     assert eval_mi.main(arguments(model, copy, "--ballot")) == 0
-    assert "3 questions and 2 attention checks" in capsys.readouterr().out
+    assert "6 questions and 2 attention checks" in capsys.readouterr().out
     page = (copy / "ballot.html").read_text(encoding="utf-8")
     assert not [name for name in ("no-mqk", "no-mv", "drop-") if name in page]
     ballot = json.loads((copy / "ballot.json").read_text())
@@ -560,13 +560,13 @@ def test_a_ballot_from_finished_cells_and_its_votes_without_any(copy, model, tmp
     votes = {r["name"]: r["preference"] for r in results["rows"]}
     assert [votes[n]["share"] for n in ("full", "no-mqk", "no-mv", "base")] == pytest.approx(
         [4 / 6, 2 / 6, 0, 0])
-    assert (votes["full"]["n"], votes["full"]["participants"], votes["full"]["chance"]) == (18, 6, 0.25)
+    assert (votes["full"]["n"], votes["full"]["participants"], votes["full"]["chance"]) == (36, 6, 0.25)
     assert votes["drop-mv"] is None
     mean, _, _, p = results["preference"]["tests"]["no-mv"]
     assert (mean, p) == (pytest.approx(4 / 6), 2 * 4 / 2 ** 6)    # four of six people, all of one sign
     text, printed = (clone / "results.md").read_text(encoding="utf-8"), capsys.readouterr().out
     for said in ("1 of 7 participants left out", "other.csv left out", "0.667 (",
-                 "User Preference of full: 18 votes of 6 people, chance 0.250."):
+                 "User Preference of full: 36 votes of 6 people, chance 0.250."):
         assert said in text and said in printed
     # The report again, of that file alone: the votes stay.
     assert eval_mi.main(["--out", str(clone), "--report"]) == 0
