@@ -1173,8 +1173,8 @@ def ballot_questions(lab, most):
             with mini_mi.built_from(file, "is damaged"):
                 candidates[key], variant_of[key] = read_arrays(file)["frames"], name
         questions.append(voting.Question(
-            voting.opaque("q", clip.name, prompt_index, seed), clip.prompts[prompt_index], clip.frames, candidates,
-            clip.caption))
+            voting.opaque("q", clip.name, prompt_index, seed), clip.prompts[prompt_index], clip.frames,
+            candidates, clip.caption))
     return questions, variant_of
 
 

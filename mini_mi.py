@@ -83,10 +83,10 @@ class UserError(ValueError):
 #
 #   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, in LEARN IT), and
 #   looks help it, too. So MV is debiased at inference: what does not change from frame to frame is appearance
-#   and not motion; all frames but the first keep only the change (Eq. 5: `debiased`).
+#   and not motion; all frames but the first keep only the change (Eq. 5: `debias`).
 # ============================================================================================================
 
-def debiased(m_v, mode):
+def debias(m_v, mode):
     """Motion Value embedding without static appearance, (..., F, C) -> (..., F, C).
 
     diff   m_v[0], then m_v[j] - m_v[j-1] for j > 0: the first frame, then changes, as in optical flow (Eq. 5)
@@ -200,7 +200,7 @@ class MotionEmbeddings(nn.Module):
         m_v = resized(m_v, *sizes)
         # Debias after resizing: it takes differences of the frames that are used.
         if self.debias_in_training or not self.training:
-            m_v = debiased(m_v, self.debias)                                                         # (Eq. 5)
+            m_v = debias(m_v, self.debias)                                                         # (Eq. 5)
         return m_qk, m_v.to(f.dtype)
 
     def save(self, path):

@@ -142,7 +142,7 @@ def test_mqk_is_shared_and_mv_is_not(unet):
     for part in ("attn1", "attn2"):
         m_qk, m_v = parts_at(motion, BLOCK, part, 4, (4, 4))
         assert torch.equal(m_qk, motion.state_dict()[f"{BLOCK}.pos_embed"])
-        assert torch.equal(m_v, mini_mi.debiased(motion.state_dict()[f"{BLOCK}.{part}.vSpatial"], "diff"))
+        assert torch.equal(m_v, mini_mi.debias(motion.state_dict()[f"{BLOCK}.{part}.vSpatial"], "diff"))
     keys = [key.removeprefix(f"{BLOCK}.") for key in motion.state_dict() if key.startswith(BLOCK)]
     assert sorted(keys) == ["attn1.vSpatial", "attn2.vSpatial", "pos_embed"]
     # With the output of one attention silenced, MQK still acts through the other.
@@ -163,20 +163,20 @@ def test_mqk_is_shared_and_mv_is_not(unet):
 def test_debias_by_hand():
     """Three frames, two channels."""
     m_v = torch.tensor([[[1.0, 10.0], [3.0, 7.0], [8.0, 7.0]]])
-    assert mini_mi.debiased(m_v, "diff").tolist() == [[[1.0, 10.0], [2.0, -3.0], [5.0, 0.0]]]
-    assert mini_mi.debiased(m_v, "mean").tolist() == [[[-3.0, 2.0], [-1.0, -1.0], [4.0, -1.0]]]
-    assert torch.equal(mini_mi.debiased(m_v, "none"), m_v)
-    assert torch.equal(mini_mi.debiased(m_v[:, :1], "diff"), m_v[:, :1])  # a single frame
+    assert mini_mi.debias(m_v, "diff").tolist() == [[[1.0, 10.0], [2.0, -3.0], [5.0, 0.0]]]
+    assert mini_mi.debias(m_v, "mean").tolist() == [[[-3.0, 2.0], [-1.0, -1.0], [4.0, -1.0]]]
+    assert torch.equal(mini_mi.debias(m_v, "none"), m_v)
+    assert torch.equal(mini_mi.debias(m_v[:, :1], "diff"), m_v[:, :1])  # a single frame
     with pytest.raises(mini_mi.UserError, match="diff, mean or none"):
-        mini_mi.debiased(m_v, "median")
+        mini_mi.debias(m_v, "median")
 
 
 def test_a_static_offset_acts_on_the_first_frame_alone():
     """What is equal in all frames is appearance, and cancels."""
     m_v = torch.randn(6, 4, 8)
-    shifted = mini_mi.debiased(m_v + torch.randn(6, 1, 8), "diff") - mini_mi.debiased(m_v, "diff")
+    shifted = mini_mi.debias(m_v + torch.randn(6, 1, 8), "diff") - mini_mi.debias(m_v, "diff")
     assert shifted[:, 1:].abs().max() < 1e-5 < shifted[:, 0].abs().max()
-    shifted = mini_mi.debiased(m_v + torch.randn(6, 1, 8), "mean") - mini_mi.debiased(m_v, "mean")
+    shifted = mini_mi.debias(m_v + torch.randn(6, 1, 8), "mean") - mini_mi.debias(m_v, "mean")
     assert shifted.abs().max() < 1e-5
 
 
@@ -189,7 +189,7 @@ def test_debias_is_for_inference_unless_it_is_wanted_in_training(mode):
         motion.train(training)
         motion.debias_in_training = in_training
         m_qk, m_v = parts_at(motion, BLOCK, "attn1", 4, (4, 4))
-        assert torch.equal(m_v, raw if training and not in_training else mini_mi.debiased(raw, mode))
+        assert torch.equal(m_v, raw if training and not in_training else mini_mi.debias(raw, mode))
         assert torch.equal(m_qk, motion.state_dict()[f"{BLOCK}.pos_embed"])
 
 
@@ -247,7 +247,7 @@ def test_the_paper_comes_first():
     before = [line for line in lines[:banner["THE PAPER"]] if line.startswith(("class ", "def "))]
     assert before == ["class UserError(ValueError):"]
     paper = "\n".join(lines[banner["THE PAPER"]:banner["LEARN IT"]])
-    for words in ("def debiased(", "class TemporalTransformerBlock(", "class MotionEmbeddings(", "f + m_qk",
+    for words in ("def debias(", "class TemporalTransformerBlock(", "class MotionEmbeddings(", "f + m_qk",
                   "f + m_v", "(Eq. 3)", "(Eq. 5)"):
         assert words in paper
 
@@ -439,7 +439,7 @@ def test_linear_functions_are_interpolated_exactly(frames, grid):
     assert torch.allclose(m_qk, ramp(frames, 1, 1), rtol=1e-5, atol=1e-4)
     # Debias comes after, on the frames that are used.
     debiased = parts_at(motion.eval(), BLOCK, "attn1", frames, grid)[1]
-    assert torch.equal(debiased, mini_mi.debiased(m_v, "diff"))
+    assert torch.equal(debiased, mini_mi.debias(m_v, "diff"))
 
 
 @pytest.mark.parametrize("frames", [3, 5, 9, 24, 40])
