@@ -2304,7 +2304,7 @@ def run(config, motion=None):
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
     record.write(losses=motion.losses.tolist() if trained else None, invert_steps=INVERT_STEPS,
                  peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()))
-    out = os.path.relpath(record.folder)
+    out = min(str(record.folder), os.path.relpath(record.folder), key=len)
     print(f"done in {sum(record.seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, "
           f"{out}/sheet.png")
 
