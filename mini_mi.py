@@ -180,7 +180,7 @@ class MotionEmbeddings(nn.Module):
         *folders, name = key.split(".")
         module = self
         for folder in folders:
-            if folder not in module._modules:
+            if not hasattr(module, folder):
                 module.add_module(folder, nn.Module())
             module = module.get_submodule(folder)
         module.register_parameter(name, nn.Parameter(value))
