@@ -1963,6 +1963,11 @@ def flag_of(field):
     return field.metadata.get("flag", "--" + field.name.replace("_", "-"))
 
 
+def numbers(words):
+    """'1,2' -> (1, 2)"""
+    return tuple(map(int, words.split(",")))
+
+
 def parse_given(cls, argv, prog, description):
     """Command line -> dict of the options that were given, by field of `cls`, a dataclass of `option`s.
 
@@ -1991,7 +1996,7 @@ def parse_given(cls, argv, prog, description):
         elif f.name == "prompts":
             how = {"action": "append", "metavar": "PROMPT"}
         elif f.type is tuple:
-            how = {"type": lambda numbers: tuple(map(int, numbers.split(",")))}
+            how = {"type": numbers}
         told = "" if f.type is bool or f.default in (None, (), "") else f" ({f.default})"
         name = f.metadata["group"]
         groups[name] = groups.get(name) or parser.add_argument_group(name)
@@ -2125,8 +2130,8 @@ def prepare(config, motion, grid):
     if motion is None:
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         return MotionEmbeddings(unet, config.frames, *grid, levels=config.levels or None, **settings)
-    motion.use_mqk, motion.use_mv, motion.debias, motion.t_min = (
-        config.use_mqk, config.use_mv, config.debias, config.t_min)
+    motion.use_mqk, motion.debias, motion.t_min = config.use_mqk, config.debias, config.t_min
+    motion.use_mv = config.use_mv and config.motion_type == "object"        # camera: its size does not matter
     check_fits(motion, unet, config.frames, *grid)
     return motion
 
@@ -2170,7 +2175,8 @@ class Record:
                     json.dump(self.facts, file, indent=1)
                 break
             except OSError as error:
-                if not (self.folder / "run.json").is_file():
+                # Any other error, such as a full disk, is no sign of an earlier run.
+                if not isinstance(error, FileExistsError) or not (self.folder / "run.json").is_file():
                     raise UserError(f"cannot write into {self.folder} ({one_line(error)}): choose another "
                                     "place, --out") from error
         if self.folder != asked:
@@ -2209,20 +2215,25 @@ def learn(config, models, latents, text, record):
 
     def keep(step, motion):
         """Saves the motion where a snapshot was asked for, or the end."""
-        if step in config.snapshots or signals:
+        stop = bool(signals)                          # read once: a signal can come between two lines
+        if step in config.snapshots or stop:
             motion.source, file = source, record.path(f"motion-step{step}.safetensors")
             motion.save(file)
-        if signals:
+        if stop:
             raise UserError(f"stopped after step {step} of {config.steps}: what was learned is in {file}; "
                             f"use it with --motion {file}")
 
     def ask(number, _):
-        """The first signal waits for the step to end; the second one does not."""
+        """The first signal waits for the step to end; the second one, of either kind, does not."""
         signals.append(number)
-        signal.signal(number, before[number])
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:                           # who asked to ignore it is obeyed
+                signal.signal(number, ask)
         training = {name: getattr(config, name) for name in (*TRAINING, "seed")}
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         motion = train_motion(models, latents, text, on_step=keep, levels=config.levels or None,

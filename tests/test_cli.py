@@ -364,7 +364,7 @@ def test_bad_videos(bad, tmp_path, clip, name, kind, match):
     ("--noise-prior", ["--noise-prior", 2]),
     ("--guidance", ["--guidance", "nan"]), ("--seed", ["--seed", -1]), 
     ("--fps", ["--fps", 0]), ("at most 50", ["--fps", 60]), ("--snapshots", ["--snapshots", "x"]),
-    ("levels", ["--levels", "1"]), ("levels", ["--levels", "7"]), ("--frobnicate", ["--frobnicate"]),
+    ("invalid numbers value", ["--levels", "a"]), ("levels", ["--levels", "1"]), ("levels", ["--levels", "7"]), ("--frobnicate", ["--frobnicate"]),
     ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 0]),
     ("steps", ["--sample-steps", 1000]),
     ("--device gpu fails", ["--device", "gpu"]), ("--device cuda:99", ["--device", "cuda:99"]),
@@ -524,6 +524,24 @@ def test_a_folder_that_holds_a_run_is_never_written_into(start, capsys, tmp_path
     assert sorted(p.name for p in (tmp_path / "out-4").iterdir()) == [
         "1-a-cat-compare.gif", "1-a-cat.gif", "loss.png", "motion.safetensors", "run.json", "sheet.png"]
     assert not (tmp_path / "out-2" / "motion.safetensors").exists()
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_once(start, capsys, monkeypatch, tmp_path):
+    """It is no sign of an earlier run: nothing goes on to out-2."""
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(mini_mi.json, "dump", full)
+    assert start()[0] == 2 and "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "out-2").exists()
+
+
+def test_camera_motion_does_not_need_the_size_of_mv(start, tmp_path):
+    """MV is dropped, so a file of the authors may be of another size."""
+    torch.save(mini_mi.MotionEmbeddings(hollow(UNET), 32, 4, 4).state_dict(), tmp_path / "motion_embed.pt")
+    reuse = ["--frames", "4", "--size", "64x32", "--dry-run"]
+    for kind, status in (("object", 2), ("camera", 0)):
+        assert start("--motion", tmp_path / "motion_embed.pt", "--motion-type", kind, small=reuse,
+                     shows=SHOWS[2:])[0] == status
 
 
 def test_embeddings_that_would_never_act_are_refused(start, capsys, tmp_path):
