@@ -101,7 +101,7 @@ def configs(name):
                 in_channels=4, out_channels=4, down_block_types=kinds,
                 up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
                 block_out_channels=channels, layers_per_block=1, cross_attention_dim=128,
-                attention_head_dim=16, norm_num_groups=32)
+                attention_head_dim=channels[0] // 4, norm_num_groups=32)
     return vae, unet
 
 
