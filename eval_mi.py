@@ -24,14 +24,14 @@ A run can be killed at any time and goes on where it stopped. It leaves, in --ou
 A file that exists is not made again. DIGEST stands for everything else that determines it, so whatever is
 changed (settings, clip, weights, version of this code), other files are made, and the old ones stay.
 
-The networks that judge are in data/networks.py, the voting page is in data/voting.py. Letters: B batch,
-F frames, h w pixels, H W latent grid, C channels, D feature width, n m counts of samples or tracks, K = F-1
-steps of a track.
+Letters: B batch, F frames, h w pixels, s side of CLIP's picture, H W latent grid, C channels, L tokens,
+D feature width, n m counts of samples or tracks, K = F-1 steps of a track.
 
 Checked against: transformers' CLIP and pytorch-fid's Inception network (to 1e-4), hand-worked cases for every
 metric, simulated coverage for the intervals of means and shares. See tests/.
 """
 
+import base64
 import collections
 import contextlib
 import csv
@@ -40,7 +40,6 @@ import datetime
 import functools
 import hashlib
 import html
-import importlib.util
 import io
 import itertools
 import json
@@ -61,23 +60,12 @@ import torch
 import torch.distributed
 import torch.nn.functional as nnf
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 import mini_mi
+from data import world
 from mini_mi import UserError, option
-
-
-def own_module(name):
-    """data/NAME.py by its place: another package called `data` may be installed."""
-    spec = importlib.util.spec_from_file_location(f"mini_mi_{name}", mini_mi.HERE / "data" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-world, voting, networks = own_module("world"), own_module("voting"), own_module("networks")
-CLIPModel, InceptionV3, load_clip = networks.CLIPModel, networks.InceptionV3, networks.load_clip
-CLIP_MEAN, CLIP_STD = networks.CLIP_MEAN, networks.CLIP_STD
 
 
 # ======================== THE QUESTION: what is lost without MQK, what without MV? =========================
@@ -481,8 +469,8 @@ class Lab:
     def __init__(self, s):
         model = mini_mi.model_folder(s.model)
         own = model / "clip"
-        default = own if own.is_dir() else "openai/clip-vit-base-patch32"
-        judge = networks.clip_folder(s.clip_model or default)
+        name = s.clip_model or (own if own.is_dir() else "openai/clip-vit-base-patch32")
+        judge = Path(name) if Path(name).is_dir() else mini_mi.fetch(name, "")
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
         in_world = s.world and judge.resolve() == own.resolve()
         self.settings, self.clips = s, read_clips(s, in_world)
@@ -1121,6 +1109,12 @@ def way_to_the_bound(rows):
 
 # ============= BALLOT: User Preference, from a page that people vote on to shares with intervals ============
 
+VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
+
+# Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8. id and the
+# keys of candidates are opaque; every question has a candidate of every variant of the ballot. caption, what
+# the reference shows, is the prompt of an attention check.
+Question = collections.namedtuple("Question", "id prompt reference candidates caption")
 FEW = 5                                              # participants below which shares are no result yet
 Vote = collections.namedtuple("Vote", "participant question choice")     # choice: the id of a candidate
 
@@ -1133,8 +1127,8 @@ def make_ballot(lab, most=20):
     if len(s.ballot_variants) < 2 or any(VARIANTS[name].own_prompt for name in s.ballot_variants):
         raise UserError("--ballot-variants takes two or more variants that show the target prompts")
     questions, variant_of = ballot_questions(lab, most)
-    run_id = voting.opaque("r", sorted(variant_of))
-    checks = voting.attention_checks(questions, run_id)
+    run_id = opaque("r", sorted(variant_of))
+    checks = attention_checks(questions, run_id)
     ballot = {"run": run_id, "variants": s.ballot_variants,
               "questions": {q.id: {key: variant_of[key] for key in q.candidates} for q in questions},
               "checks": {q.id: {"right": right, "candidates": list(q.candidates)} for q, right in checks}}
@@ -1146,8 +1140,8 @@ def make_ballot(lab, most=20):
     clips = {key: world.render(world.scene(3, [motion], text)) for key, motion, text in (
         ("still", "rest", right), ("same", "zigzag", wrong), ("right", "zigzag", right),
         ("other", "zoom_in", right))}
-    example = voting.Question("example", right, clips["same"], clips, wrong)
-    write_text(page, voting.ballot_page([example, *questions, *(q for q, _ in checks)], run_id, s.fps))
+    example = Question("example", right, clips["same"], clips, wrong)
+    write_text(page, ballot_page([example, *questions, *(q for q, _ in checks)], run_id, s.fps))
     write_text(file, json.dumps(ballot, indent=1))
     print(f"{page}: {len(questions)} questions and {len(checks)} attention checks; give it to people as it "
           f"is, keep {file.name} to yourself, and count what they save with --votes")
@@ -1169,13 +1163,76 @@ def ballot_questions(lab, most):
     for n in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int):
         (clip, prompt_index, seed, files), candidates = ready[n], {}
         for name, file in files.items():
-            key = voting.opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
+            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
             with mini_mi.built_from(file, "is damaged"):
                 candidates[key], variant_of[key] = read_arrays(file)["frames"], name
-        questions.append(voting.Question(
-            voting.opaque("q", clip.name, prompt_index, seed), clip.prompts[prompt_index], clip.frames,
+        questions.append(Question(
+            opaque("q", clip.name, prompt_index, seed), clip.prompts[prompt_index], clip.frames,
             candidates, clip.caption))
     return questions, variant_of
+
+
+def opaque(letter, *what):
+    """An id that tells nothing. It begins with a letter, or a spreadsheet takes 728957227716 for a number."""
+    return letter + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def attention_checks(questions, run_id):
+    """Two questions whose answer is beyond doubt -> [(Question, id of the right candidate)].
+    One candidate is the reference itself, under its own caption; the others stand still. The references that
+    change most are taken; one that never moves would make everybody fail. Nothing in the page marks a check.
+    """
+    def change(q):
+        """How much a question's reference changes from frame to frame."""
+        return np.abs(np.diff(q.reference.astype(int), axis=0)).mean()
+
+    clips = {q.reference.tobytes(): q for q in questions}            # a clip once, though it has many prompts
+    moving, checks = sorted(filter(change, clips.values()), key=change, reverse=True), []
+    for n, q in enumerate([*moving, *moving][:2]):
+        stills = np.linspace(0, len(q.reference) - 1, len(q.candidates) - 1).astype(int)
+        shown = [q.reference, *(np.repeat(q.reference[i:i + 1], len(q.reference), axis=0) for i in stills)]
+        ids = [opaque("c", run_id, n, i) for i in range(len(shown))]
+        check = Question(opaque("q", run_id, n), q.caption, q.reference, dict(zip(ids, shown)), q.caption)
+        checks.append((check, ids[0]))
+    return checks
+
+
+def ballot_page(questions, run_id, fps):
+    """The page on which people vote -> its text: one file that needs no server and no network.
+    questions: the worked example, which ballot.html explains, then the questions and attention checks, which
+    every participant sees in an order of their own. At the end they save votes-ID.csv. Texts reach the page
+    as JSON with no character that could end a script, and are put in as text; the policy in its head lets
+    nothing load but this style, this script and the pictures in the page.
+    """
+    # Sorted by their opaque ids: the order in the page says nothing about variants or checks.
+    example, *questions = questions
+    # Strips of small clips are lossless: enlarged on the page, they would show every trace of compression.
+    data = json.dumps({"run": run_id, "fps": fps, "fields": VOTE_FIELDS, "questions": [
+        {"id": q.id, "prompt": q.prompt, "reference": film_strip(q.reference),
+         "candidates": {key: film_strip(q.candidates[key]) for key in sorted(q.candidates)}}
+        for q in [example, *sorted(questions, key=lambda q: q.id)]]})
+    for character in "<>&":                                      # json.dumps itself escapes all but ASCII
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    page = (mini_mi.HERE / "data" / "ballot.html").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
+    for kind in ("style", "script"):                             # the hash of the very text between the tags
+        text = re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)[1]
+        policy += f"; {kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    return page.replace("POLICY", policy, 1).replace("QUESTIONS", data, 1)
+
+
+def film_strip(frames, most=320, lossless=128):
+    """A clip (F,h,w,3) uint8 as one picture, its frames side by side: {"frames": F, "src": data URI}.
+    most, lossless: the widths in pixels above which a frame is reduced, and is compressed with losses.
+    """
+    count, height, width = frames.shape[:3]
+    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+    side = min(width, most, 16383 // count)                      # WebP pictures are at most 16383 pixels wide
+    if side < width:
+        strip = strip.resize((side * count, side * height // width), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    strip.save(file, "WEBP", quality=82, lossless=side <= lossless)
+    return {"frames": count, "src": f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"}
 
 
 def count_votes(paths, file):
@@ -1225,8 +1282,8 @@ def read_ballot(file, ballot):
     # Spreadsheets begin a file with a mark, and some write semicolons.
     reader = csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ",")
     for row in reader:
-        if list(row) != voting.VOTE_FIELDS or None in row.values():
-            raise ValueError(f"its columns are not {','.join(voting.VOTE_FIELDS)}")
+        if list(row) != VOTE_FIELDS or None in row.values():
+            raise ValueError(f"its columns are not {','.join(VOTE_FIELDS)}")
         shown = candidates.get(row["question"], ())
         fits = {"run": row["run"] == ballot["run"], "participant": row["participant"] != "",
                 "question": bool(shown), "shown": sorted(row["shown"].split("|")) == sorted(shown),
@@ -1416,7 +1473,7 @@ def moving_clip(frames, label):
     count, height, width, _ = frames.shape
     return (f'<figure><div class="clip {label}" role="img" aria-label="{label}" '
             f'style="--frames: {count}; aspect-ratio: {width} / {height}; '
-            f'background-image: url({voting.film_strip(frames, most=192, lossless=0)["src"]})"></div>'
+            f'background-image: url({film_strip(frames, most=192, lossless=0)["src"]})"></div>'
             f"<figcaption>{label}</figcaption></figure>")
 
 
@@ -1594,6 +1651,190 @@ def signature(s, computed, minutes):
 def main(argv=None):
     """Entry point of the command line; returns the exit status."""
     return mini_mi.guarded(lambda: run(parse(argv)))
+
+
+# ====================== THE JUDGE NETWORKS, with the keys of the published weight files ====================
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIPVisionTransformer(nn.Module):
+    """Patches and a class token through bidirectional layers: pixels (B,3,s,s) -> the class token (B,D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = mini_mi.read_config(
+            "CLIP image tower", config, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, image_size=224, patch_size=32, layer_norm_eps=1e-5,
+            only={"hidden_act": tuple(mini_mi.ACTIVATIONS), "num_channels": 3})
+        self.image_size, tokens = c.image_size, (c.image_size // c.patch_size) ** 2 + 1
+        self.embeddings = nn.ModuleDict({
+            "patch_embedding": nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False),
+            "position_embedding": nn.Embedding(tokens, c.hidden_size)})
+        self.embeddings.class_embedding = nn.Parameter(torch.randn(c.hidden_size) * 0.02)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)        # sic: the published key
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(mini_mi.CLIPEncoderLayer(c, causal=False)
+                                                              for _ in range(c.num_hidden_layers))})
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
+
+    def forward(self, pixels):
+        patches = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)    # (B, patches, D)
+        first = self.embeddings.class_embedding.expand(len(pixels), 1, -1)
+        x = torch.cat([first, patches], dim=1) + self.embeddings.position_embedding.weight
+        x = self.pre_layrnorm(x)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x[:, 0])
+
+
+class CLIPModel(nn.Module):
+    """Pictures and texts as unit vectors in one space; config and keys as in transformers' CLIPModel.
+    Source: Radford et al., arXiv 2103.00020. The text tower and its layers are mini_mi's.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        text, width = config.get("text_config", {}), config.get("projection_dim", 512)
+        self.eos_token_id = text.get("eos_token_id", 49407)
+        self.text_model = mini_mi.CLIPTextModel(text).text_model
+        self.vision_model = CLIPVisionTransformer(config.get("vision_config", {}))
+        self.text_projection, self.visual_projection = (
+            nn.Linear(len(norm.weight), width, bias=False)
+            for norm in (self.text_model.final_layer_norm, self.vision_model.post_layernorm))
+        self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
+
+    def image_features(self, pixels):
+        """pixels (B,3,s,s), normalised by CLIP's mean and std -> (B,D) unit vectors"""
+        return nnf.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
+
+    def text_features(self, ids):
+        """ids (B,L) -> (B,D) unit vectors, read at the end-of-text token"""
+        states = self.text_model(ids)
+        # Files of 2021 and 2022 say eos_token_id = 2, which is wrong for their vocabulary; for these,
+        # transformers takes the largest id, the end-of-text token. Later files name it: its first place.
+        end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
+        return nnf.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
+
+
+def load_clip(folder, device="cpu"):
+    """A CLIP folder in HF layout -> (model, tokenizer, preprocess).
+    preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop,
+    CLIP's mean and std. It rounds to 8 bits after resizing, as CLIP's own code for PIL pictures does.
+    """
+    model = mini_mi.load_module(CLIPModel, folder, "model", device, torch.float32)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+
+    def preprocess(frames):
+        """frames (F,h,w,3) uint8 -> pixels (F,3,s,s) float32, normalised"""
+        x = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).float()
+        s, (height, width) = model.vision_model.image_size, x.shape[-2:]
+        size = (s, int(s * width / height)) if height <= width else (int(s * height / width), s)
+        x = nnf.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
+        top, left = (size[0] - s) // 2, (size[1] - s) // 2
+        return (x[..., top:top + s, left:left + s].round().clamp(0, 255) / 255 - mean) / std
+
+    with mini_mi.built_from(folder):
+        tokenizer = mini_mi.CLIPTokenizer.from_pretrained(folder)
+    return model, tokenizer, preprocess
+
+
+# Inception as tables, with the names of the weight file. A row is a block: branches side by side, each a
+# chain of layers NAME=CHANNELS:KERNEL and of POOLS. KERNEL/STRIDE has no padding, a KERNEL alone keeps the size;
+# | forks the last layer in two.
+POOLS = {"max/2": nn.MaxPool2d(3, 2), "max": nn.MaxPool2d(3, 1, 1),
+         "mean": nn.AvgPool2d(3, 1, 1, count_include_pad=False)}
+STEM = ("Conv2d_1a_3x3=32:3x3/2 Conv2d_2a_3x3=32:3x3/1 Conv2d_2b_3x3=64:3x3 max/2 "
+        "Conv2d_3b_1x1=80:1x1 Conv2d_4a_3x3=192:3x3/1 max/2")
+MIXED_5 = ("1x1=64:1x1, 5x5_1=48:1x1 5x5_2=64:5x5, 3x3dbl_1=64:1x1 3x3dbl_2=96:3x3 3x3dbl_3=96:3x3, "
+           "mean _pool={}:1x1")
+MIXED_6 = ("1x1=192:1x1, 7x7_1={0}:1x1 7x7_2={0}:1x7 7x7_3=192:7x1, 7x7dbl_1={0}:1x1 7x7dbl_2={0}:7x1 "
+           "7x7dbl_3={0}:1x7 7x7dbl_4={0}:7x1 7x7dbl_5=192:1x7, mean _pool=192:1x1")
+MIXED_7 = ("1x1=320:1x1, 3x3_1=384:1x1 3x3_2a=384:1x3|3x3_2b=384:3x1, 3x3dbl_1=448:1x1 3x3dbl_2=384:3x3 "
+           "3x3dbl_3a=384:1x3|3x3dbl_3b=384:3x1, {} _pool=192:1x1")
+MIXED = {
+    **{f"Mixed_5{block}": MIXED_5.format(width) for block, width in zip("bcd", (32, 64, 64))},
+    "Mixed_6a": "3x3=384:3x3/2, 3x3dbl_1=64:1x1 3x3dbl_2=96:3x3 3x3dbl_3=96:3x3/2, max/2",
+    **{f"Mixed_6{block}": MIXED_6.format(width) for block, width in zip("bcde", (128, 160, 160, 192))},
+    "Mixed_7a": "3x3_1=192:1x1 3x3_2=320:3x3/2, "
+                "7x7x3_1=192:1x1 7x7x3_2=192:1x7 7x7x3_3=192:7x1 7x7x3_4=192:3x3/2, max/2",
+    "Mixed_7b": MIXED_7.format("mean"), "Mixed_7c": MIXED_7.format("max")}
+
+
+def inception_layer(c_in, shape):
+    """CHANNELS:KERNEL -> convolution, BatchNorm, ReLU."""
+    channels, height, width, *stride = map(int, re.split("[:x/]", shape))
+    padding = 0 if stride else (height // 2, width // 2)
+    conv = nn.Conv2d(c_in, channels, (height, width), *stride, padding=padding, bias=False)
+    return nn.Sequential(collections.OrderedDict(
+        conv=conv, bn=nn.BatchNorm2d(channels, eps=0.001), relu=nn.ReLU()))
+
+
+class InceptionBlock(nn.ModuleDict):
+    """A row of the tables: x (B,c_in,h,w) -> the channels of all its branches (B,width,h',w')."""
+
+    def __init__(self, c_in, row, prefix="branch"):
+        super().__init__()
+        self.branches, self.width = [], 0
+        for branch in row.split(", "):
+            c, chain = c_in, []
+            for step in branch.split():
+                if step in POOLS:
+                    chain.append([POOLS[step]])
+                    continue
+                layers = {prefix + name: inception_layer(c, shape)
+                          for name, shape in (layer.split("=") for layer in step.split("|"))}
+                self.update(layers)
+                chain.append([*layers.values()])                        # one layer, or the two of a fork
+                c = sum(layer.conv.out_channels for layer in layers.values())
+            self.branches.append(chain)
+            self.width += c
+
+    def forward(self, x):
+        out = []
+        for chain in self.branches:
+            out.append(x)
+            for layers in chain:
+                out[-1] = torch.cat([layer(out[-1]) for layer in layers], dim=1)
+        return torch.cat(out, dim=1)
+
+
+class InceptionV3(InceptionBlock):
+    """The network of FID: x (B,3,h,w) in [0,1] -> pooled features (B,2048).
+
+    Weights: pt_inception-2015-12-05, the FID paper's TensorFlow network ported by pytorch-fid; its keys. Not
+    torchvision's: averages ignore padding, the last block pools by maximum, 1008 classes.
+    """
+
+    URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+           "pt_inception-2015-12-05-6726825d.pth")
+
+    def __init__(self):
+        super().__init__(3, STEM, prefix="")
+        for name, row in MIXED.items():
+            self[name] = InceptionBlock(self.width, row)
+            self.width = self[name].width
+        self["fc"] = nn.Linear(self.width, 1008)                        # in the file, not in the features
+
+    @classmethod
+    @functools.cache
+    def pretrained(cls, device="cpu"):
+        """The published weights, fetched once and checked against the SHA-256 in their name."""
+        try:
+            tensors = torch.hub.load_state_dict_from_url(cls.URL, map_location="cpu", check_hash=True,
+                                                         weights_only=True)
+        except (OSError, RuntimeError) as e:                       # no network; or another hash
+            raise UserError(f"cannot fetch {cls.URL} ({e}): check the network") from None
+        model = cls()
+        model.load_state_dict(tensors)
+        return model.to(device).eval().requires_grad_(False)
+
+    def forward(self, x):
+        # Part of the definition, no antialiasing included: another resize, another FID (arXiv 2104.11222).
+        x = super().forward(2 * nnf.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1)
+        for name in MIXED:
+            x = self[name](x)
+        return x.mean(dim=(2, 3))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 import eval_mi
 import mini_mi
-from data import voting, world
+from data import world
 
 RUN, FPS = "rc0ffee42", 10
 VARIANTS = ("full", "no-mqk", "no-mv", "base")
@@ -20,7 +20,7 @@ PROMPTS = ("a red star on a teal plain background", SCRIPT, "<b>bold</b> & \u202
 
 def opaque(text):
     """An id as the program makes them: of a question or a candidate."""
-    return voting.opaque("q" if text.startswith("question") else "c", text)
+    return eval_mi.opaque("q" if text.startswith("question") else "c", text)
 
 
 def make_questions():
@@ -29,17 +29,17 @@ def make_questions():
     for i, prompt in enumerate(PROMPTS):
         scene = world.scene(5 + i // 2, ["line", "zigzag"][i // 2:][:1])
         candidates = {opaque(f"{i} {v}"): rng.integers(0, 256, (8, 32, 32, 3), np.uint8) for v in VARIANTS}
-        made.append(voting.Question(opaque(f"question {i}"), prompt, world.render(scene, 8, 32), candidates,
+        made.append(eval_mi.Question(opaque(f"question {i}"), prompt, world.render(scene, 8, 32), candidates,
                                      world.caption(scene)))
     return made
 
 
 QUESTIONS = make_questions()
 VARIANT_OF = {key: v for i in range(4) for v in VARIANTS for key in [opaque(f"{i} {v}")]}
-CHECKS = voting.attention_checks(QUESTIONS, RUN)
+CHECKS = eval_mi.attention_checks(QUESTIONS, RUN)
 RIGHT = {q.id: right for q, right in CHECKS}
 EVERYTHING = {q.id: q for q in [*QUESTIONS, *(q for q, _ in CHECKS)]}
-EXAMPLE = voting.Question("example", "a clip", QUESTIONS[0].reference,
+EXAMPLE = eval_mi.Question("example", "a clip", QUESTIONS[0].reference,
                           dict.fromkeys(["still", "same", "right", "other"], QUESTIONS[0].reference), "")
 # As ballot.json keeps it.
 BALLOT = {"run": RUN, "variants": VARIANTS,
@@ -62,7 +62,7 @@ def rows_of(participant, choices, run=RUN, shown=None):
             for n, (question, choice) in enumerate(choices.items(), start=1)]
 
 
-def save(path, rows, fields=voting.VOTE_FIELDS, **options):
+def save(path, rows, fields=eval_mi.VOTE_FIELDS, **options):
     """A file of votes."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, **options).writerows([fields, *rows])
@@ -188,7 +188,7 @@ def test_preference_of_those_who_agree_and_of_one():
 # ------------------------------------------------------------------------------------------- what is written
 
 def test_attention_checks_are_found_again_and_look_like_other_questions():
-    again = voting.attention_checks(make_questions(), RUN)
+    again = eval_mi.attention_checks(make_questions(), RUN)
     assert [(q.id, right) for q, right in CHECKS] == [(q.id, right) for q, right in again]
     assert len(RIGHT) == 2 and {q.caption for q in QUESTIONS} == {q.prompt for q, _ in CHECKS}
     for q, right in CHECKS:
@@ -196,25 +196,25 @@ def test_attention_checks_are_found_again_and_look_like_other_questions():
         assert len(q.candidates) == 4 and np.array_equal(q.candidates[right], q.reference)
         still = [frames for key, frames in q.candidates.items() if key != right]
         assert all((frames == frames[:1]).all() for frames in still)
-    assert set(RIGHT).isdisjoint(q.id for q, _ in voting.attention_checks(QUESTIONS, "0ther"))
+    assert set(RIGHT).isdisjoint(q.id for q, _ in eval_mi.attention_checks(QUESTIONS, "0ther"))
     # One clip alone gives both; a clip that never moves gives none, since nobody could pass it.
-    assert len({q.id for q, _ in voting.attention_checks(QUESTIONS[:1], RUN)}) == 2
+    assert len({q.id for q, _ in eval_mi.attention_checks(QUESTIONS[:1], RUN)}) == 2
     still = np.zeros((8, 32, 32, 3), np.uint8)
-    frozen = voting.Question("ab", "x", still, {"cd": still, "ef": still}, "x")
-    assert voting.attention_checks([frozen], RUN) == []
+    frozen = eval_mi.Question("ab", "x", still, {"cd": still, "ef": still}, "x")
+    assert eval_mi.attention_checks([frozen], RUN) == []
 
 
 def test_a_film_strip_holds_every_frame_and_long_clips_fit():
-    strip = voting.film_strip(np.zeros((48, 40, 720, 3), np.uint8))
+    strip = eval_mi.film_strip(np.zeros((48, 40, 720, 3), np.uint8))
     assert strip["frames"] == 48 and strip["src"].startswith("data:image/webp;base64,")
-    assert voting.film_strip(np.zeros((200, 8, 128, 3), np.uint8))["frames"] == 200
+    assert eval_mi.film_strip(np.zeros((200, 8, 128, 3), np.uint8))["frames"] == 200
 
 
 @pytest.fixture(scope="session")
 def ballot(tmp_path_factory):
     """The page of QUESTIONS."""
     path = tmp_path_factory.mktemp("ballot") / "ballot.html"
-    path.write_text(voting.ballot_page([EXAMPLE, *EVERYTHING.values()], RUN, FPS), encoding="utf-8")
+    path.write_text(eval_mi.ballot_page([EXAMPLE, *EVERYTHING.values()], RUN, FPS), encoding="utf-8")
     return path
 
 
@@ -561,7 +561,7 @@ def test_the_text_can_be_copied_and_focus_is_where_it_helps(visit):
     page.evaluate("document.getElementById('text').value = ''")
     page.locator("#text").focus()
     page.keyboard.press("Control+V")
-    assert page.input_value("#text").startswith(",".join(voting.VOTE_FIELDS) + "\n")
+    assert page.input_value("#text").startswith(",".join(eval_mi.VOTE_FIELDS) + "\n")
 
 
 @pytest.mark.parametrize("scheme, paper", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 26, 33)")])

@@ -515,7 +515,7 @@ def write_votes(path, ballot, picks):
     careless one."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(eval_mi.voting.VOTE_FIELDS)
+        writer.writerow(eval_mi.VOTE_FIELDS)
         for person, pick in picks.items():
             for n, (question, candidates) in enumerate(ballot["questions"].items()):
                 choice = next(key for key, variant in candidates.items() if variant == (pick or "base"))
