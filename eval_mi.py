@@ -211,34 +211,29 @@ def track_points(video, grid, radius=4, iterations=4):
     """Follows a grid of points through a clip: pyramidal Lucas-Kanade, frame to frame.
 
     video (F,h,w,3) uint8; grid: points per side -> tracks (n,F,2) as x,y in pixels, visible (n,F) bool,
-    n = grid^2. Several clips (B,F,h,w,3) at once give (B,n,F,2) and (B,n,F).
+    n = grid^2.
     At every level of an image pyramid, coarse to fine, the displacement d of a window around p minimises
         sum_window |J(p + d + o) - I(p + o)|^2   by Gauss-Newton:   d += G^-1 sum_window grad I (I - J(d)).
     A point stays visible while it is inside the picture and leads back to itself when tracked backwards. It
     is blind beyond its window: dragged along on flat ground near a moving thing, lost at a fast turn.
     Source: Lucas and Kanade 1981; Bouguet 2000 (pyramids); Kalal et al. 2010 (forward-backward check).
     """
-    video = torch.as_tensor(video)
-    if video.ndim == 4:
-        tracks, visible = track_points(video[None], grid, radius, iterations)
-        return tracks[0], visible[0]
-    frames = video.permute(1, 0, 4, 2, 3).float() / 255                                    # (F,B,3,h,w)
-    size = torch.tensor([frames.shape[4], frames.shape[3]], device=frames.device)          # w, h, as x, y
+    frames = torch.as_tensor(video).permute(0, 3, 1, 2).float() / 255                      # (F,3,h,w)
+    size = torch.tensor([frames.shape[3], frames.shape[2]], device=frames.device)          # w, h, as x, y
     axis = (torch.arange(grid, device=frames.device) + 0.5) / grid
     start = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1) * size - 0.5
-    tracks = [start.expand(len(video), -1, -1)]                                            # (B,n,2)
-    visible = [torch.ones_like(tracks[0][..., 0], dtype=torch.bool)]
-    for before, after in itertools.pairwise(_pyramid(frame) for frame in frames):
+    tracks, visible = [start], [torch.ones_like(start[:, 0], dtype=torch.bool)]           # (n,2), (n)
+    for before, after in itertools.pairwise(_pyramid(frame[None]) for frame in frames):
         there = _lucas_kanade(before, after, tracks[-1], radius, iterations)
         back = _lucas_kanade(after, before, there, radius, iterations)
         inside = ((there >= -0.5) & (there <= size - 0.5)).all(-1)
         visible.append(visible[-1] & inside & ((back - tracks[-1]).norm(dim=-1) < 1))
         tracks.append(there)
-    return torch.stack(tracks, 2).cpu(), torch.stack(visible, 2).cpu()
+    return torch.stack(tracks, 1).cpu(), torch.stack(visible, 1).cpu()
 
 
 def _pyramid(frame):
-    """(B,3,h,w) -> a list, fine to coarse, of (B,9,h/2^l,w/2^l): the picture, its x and its y derivative."""
+    """(1,3,h,w) -> a list, fine to coarse, of (1,9,h/2^l,w/2^l): the picture, its x and its y derivative."""
     levels = []
     while not levels or min(frame.shape[-2:]) >= 16:
         padded = nnf.pad(frame, (1, 1, 1, 1), mode="replicate")
@@ -250,14 +245,15 @@ def _pyramid(frame):
 
 
 def _values_at(picture, points):
-    """picture (B,c,h,w) at points (B,n,W,2), bilinear -> (B,n,W,c); outside: the nearest border pixel."""
+    """picture (1,c,h,w) at points (n,W,2), bilinear -> (n,W,c); outside: the nearest border pixel."""
     height, width = picture.shape[-2:]
     scaled = (2 * points + 1) / torch.tensor([width, height], device=points.device) - 1    # to [-1,1]
-    return nnf.grid_sample(picture, scaled, padding_mode="border", align_corners=False).permute(0, 2, 3, 1)
+    found = nnf.grid_sample(picture, scaled[None], padding_mode="border", align_corners=False)
+    return found[0].permute(1, 2, 0)
 
 
 def _lucas_kanade(first, second, points, radius, iterations):
-    """points (B,n,2) on the first picture -> (B,n,2) on the second; both as `_pyramid` gives them."""
+    """points (n,2) on the first picture -> (n,2) on the second; both as `_pyramid` gives them."""
     axis = torch.arange(-radius, radius + 1, device=points.device, dtype=points.dtype)
     window = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)      # (W,2)
     weight = torch.exp(-(window ** 2).sum(-1) / radius ** 2)             # the centre counts most
@@ -265,15 +261,15 @@ def _lucas_kanade(first, second, points, radius, iterations):
     stiffness = 1e-3 * weight.sum() * torch.eye(2, device=points.device)
     d = torch.zeros_like(points)
     for level in reversed(range(len(first))):
-        p = ((points + 0.5) / 2 ** level - 0.5)[:, :, None] + window     # pixel centres, not corners, scale
-        value, along_x, along_y = _values_at(first[level], p).chunk(3, dim=-1)           # each (B,n,W,3)
-        gradient = torch.stack([along_x, along_y], -1).flatten(2, 3)                       # (B,n,W*3,2)
+        p = ((points + 0.5) / 2 ** level - 0.5)[:, None] + window        # pixel centres, not corners, scale
+        value, along_x, along_y = _values_at(first[level], p).chunk(3, dim=-1)           # each (n,W,3)
+        gradient = torch.stack([along_x, along_y], -1).flatten(1, 2)                       # (n,W*3,2)
         weighted = gradient * weight.repeat_interleave(3)[:, None]
-        # G^-1 and the sum over the window as one matrix, (B,n,2,W*3).
+        # G^-1 and the sum over the window as one matrix, (n,2,W*3).
         solve = torch.linalg.inv(weighted.mT @ gradient + stiffness) @ weighted.mT
         for _ in range(iterations):
-            error = value - _values_at(second[level][:, :3], p + d[:, :, None])
-            d = d + (solve @ error.flatten(2)[..., None]).squeeze(-1).clamp(-radius, radius)
+            error = value - _values_at(second[level][:, :3], p + d[:, None])
+            d = d + (solve @ error.flatten(1)[..., None]).squeeze(-1).clamp(-radius, radius)
         d = d * 2 if level else d
     return points + d
 
@@ -334,12 +330,10 @@ def cotracker_model():
 
 
 def cotracker(video, grid):
-    """`track_points` by CoTracker: video (B,F,h,w,3) uint8 -> tracks (B,n,F,2), visible (B,n,F)"""
-    model = cotracker_model().to(video.device)
+    """`track_points` by CoTracker, which takes (1,F,3,h,w) in 0..255 and gives (1,F,n,2) and (1,F,n)."""
     with torch.no_grad():
-        # One clip at a time: it takes (1,F,3,h,w) in 0..255 and gives (1,F,n,2), (1,F,n).
-        found = [model(v.permute(0, 3, 1, 2)[None].float(), grid_size=grid) for v in video]
-    return tuple(torch.cat(parts).transpose(1, 2).cpu() for parts in zip(*found))
+        found = cotracker_model().to(video.device)(video.permute(0, 3, 1, 2)[None].float(), grid_size=grid)
+    return tuple(part[0].transpose(0, 1).cpu() for part in found)
 
 
 # ============ STATISTICS: clips are the independent units; prompts and seeds of one clip are not ===========
@@ -478,10 +472,6 @@ class Lab:
         self.pipeline = Pipeline(s, model, self.paths)
         self.cells = [cell for batches in plan(s, self.clips) for batch in batches for cell in batch]
 
-    def reference(self, clip):
-        """The reference clip through the same judges, once per clip -> what `Judges.measure` gives."""
-        return once(self.paths.reference(clip), lambda: self.judges.measure(clip.frames))
-
 
 def run_experiment(lab, ranks=1, rank=0):
     """Makes and judges the cells of this rank's clips that are not there yet. Every step leaves a file."""
@@ -496,7 +486,7 @@ def run_experiment(lab, ranks=1, rank=0):
             samples = lab.pipeline.sample(batch)
         for cell, sample in zip(batch, samples):
             once(lab.paths.sample(cell), lambda: sample)
-            once(lab.paths.score(cell), lambda: lab.judges.judge(cell, sample, lab.reference(cell.clip)))
+            once(lab.paths.score(cell), lambda: lab.judges.judge(cell, sample))
 
 
 def plan(s, clips):
@@ -520,9 +510,6 @@ def plan(s, clips):
 
 # -------------------------------------------------------------------------------------------- reference clips
 
-VIDEO_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv".split())
-
-
 def read_clips(s, in_world):
     """The reference clips: of `--clips`, or, for the embedded model, as many as asked for of the world."""
     width, height = mini_mi.sizes(s)[0]
@@ -545,31 +532,20 @@ def read_clips(s, in_world):
             frames = world.render(world.scene(entry["seed"], [entry["motion"]], caption), s.frames, width)
         else:
             frames = mini_mi.read_video(find_clip(file.parent, name), s.frames, (width, height))
-        try:
+        with mini_mi.built_from(file, "has a text that the embedded model does not know", "change it"):
             [world.attributes(text) for text in texts if in_world]
-        except ValueError as e:
-            raise UserError(f"{e}; the embedded model knows no other texts") from None
         clips.append(Clip(name, frames, caption, str(entry.get("motion", name)), texts[1:]))
     return clips
 
 
 def find_clip(folder, name):
-    """The clip of this name, stem or path below a folder: a video file, a picture that moves, or a folder."""
-    def is_clip(path):
-        """Does it move? A thumbnail, a description or subtitles do not."""
-        with contextlib.suppress(OSError, ValueError), Image.open(path) as picture:
-            if getattr(picture, "is_animated", False):
-                return True
-        return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or path.name == wanted.name
-
+    """The clip of this path below a folder, or the only one that has this path but for its suffix."""
     wanted = folder / name
     beside = wanted.parent.iterdir() if wanted.parent.is_dir() else ()
-    found = sorted(path for path in beside if wanted.name in (path.name, path.stem) and is_clip(path))
-    if not found:
-        raise UserError(f"{folder / 'clips.json'} names {name}, but there is no such clip beside it")
-    if len(found) > 1:
-        raise UserError(f"{wanted.parent} holds {found[0].name} and {found[1].name}: which of them is the "
-                        f"clip {name}? Write its full name in clips.json, or move one away")
+    found = [wanted] if wanted.exists() else sorted(path for path in beside if path.stem == wanted.name)
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found) or "no such clip"
+        raise UserError(f"{folder / 'clips.json'} names {name}; beside it is {there}: write its full name")
     return found[0]
 
 
@@ -618,10 +594,6 @@ class Paths:
         """What the judges said about it."""
         return self.path("scores", f"{cell.clip.stem}/{cell.name}", self.sample(cell).name,
                          self.judged_by, cell.clip.digest)
-
-    def reference(self, clip):
-        """What the judges saw in the reference clip."""
-        return self.path("references", clip.stem, clip.digest, self.judged_by)
 
     def is_finished(self, cell):
         """Nothing is to be done."""
@@ -674,16 +646,14 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
     without make it is None. A killed run leaves the whole file or none.
     """
     try:
-        if path.exists():
-            return read(path)
-    except Exception as e:                                           # damaged files raise a dozen types
-        cause = e.__cause__ or e
-        if isinstance(cause, PermissionError) or mini_mi.is_lack_of_memory(cause):
+        with mini_mi.built_from(path):
+            if path.exists():
+                return read(path)
+    except UserError as e:
+        if isinstance(e.__cause__, OSError):                         # a disk, a permission: the file is whole
             raise
-        with contextlib.suppress(OSError):
-            path.unlink()
-        tqdm.write(f"warning: {path.name} is damaged ({mini_mi.one_line(e)}): deleted, to be made again",
-                   file=sys.stderr)
+        tqdm.write(f"warning: {path.name} is damaged: deleted, to be made again ({e})", file=sys.stderr)
+        path.unlink()
     if make is None:
         return None
     thing = make()
@@ -813,14 +783,17 @@ class Judges:
             some = pixels[::min(4, len(pixels) // 2)]                # two at least: one has no covariance
             for_fid = network(some.permute(0, 3, 1, 2).float() / 255).cpu().numpy()
         find_tracks = track_points if self.settings.tracker == "lk" else cotracker
-        (tracks,), (visible,) = find_tracks(pixels[None], self.settings.grid)
+        tracks, visible = find_tracks(pixels, self.settings.grid)
         return {"features": features, "fid_features": for_fid, "tracks": tracks[visible.all(1)].numpy()}
 
-    def judge(self, cell, sample, reference):
-        """What the judges say about a sample: its scores, and what they were computed from.
-        reference: what `measure` gave for the reference clip.
-        """
-        seen = self.measure(sample["frames"])
+    @functools.cache
+    def reference(self, clip):
+        """The reference clip through the same judges, once per clip -> what `measure` gives."""
+        return self.measure(clip.frames)
+
+    def judge(self, cell, sample):
+        """What the judges say about a sample: its scores, and what they were computed from."""
+        seen, reference = self.measure(sample["frames"]), self.reference(cell.clip)
         features, tracks = seen["features"], seen["tracks"]
         scores = {"text_similarity": text_similarity(features, self.text_features(cell.prompt)),
                   "motion_fidelity": motion_fidelity(tracks, reference["tracks"], still=STILL),
@@ -915,7 +888,7 @@ def distance_to_real(lab, samples):
                                                                    s.cell.train_seed, n)) for n in (0, 1))
         floor = between(real, again)
     else:
-        real = {clip.name: lab.reference(clip)["fid_features"] for clip in lab.clips if clip.name in names}
+        real = {s.cell.clip.name: lab.judges.reference(s.cell.clip)["fid_features"] for s in samples}
         if len(names) > 1:
             floor = between(real, real, names[::2], names[1::2])
     distance = functools.cache(functools.partial(between, fake, real))
@@ -928,7 +901,7 @@ def chance(lab, full):
     """Motion fidelity of results against reference clips of other motions: what no likeness at all scores."""
     means = []
     for s in [s for s in full if s.cell.key[1:] == (0, 0) and s.cell.train_seed == 0]:
-        others = [lab.reference(c)["tracks"] for c in lab.clips if c.movement != s.cell.clip.movement]
+        others = [lab.judges.reference(c)["tracks"] for c in lab.clips if c.movement != s.cell.clip.movement]
         found = [motion_fidelity(s.arrays["tracks"], tracks, still=STILL) for tracks in others]
         means += [np.mean(found)] if found else []
     return student_interval(means) if means else None
@@ -1621,7 +1594,7 @@ def run(s):
             # What cannot work shows now and not after hours: schedules too short, judges not there.
             lab.pipeline.models.scheduler.timesteps(s.sample_steps, s.t_min)
             lab.pipeline.models.scheduler.timesteps(s.invert_steps)
-            lab.judges.measure(lab.clips[0].frames)
+            lab.judges.reference(lab.clips[0])
         wait()
     run_experiment(lab, ranks, rank)
     wait()
@@ -1740,8 +1713,8 @@ def load_clip(folder, device="cpu"):
 
 
 # Inception as tables, with the names of the weight file. A row is a block: branches side by side, each a
-# chain of layers NAME=CHANNELS:KERNEL and of POOLS. KERNEL/STRIDE has no padding, a KERNEL alone keeps the size;
-# | forks the last layer in two.
+# chain of layers NAME=CHANNELS:KERNEL and of POOLS. KERNEL/STRIDE has no padding, a KERNEL alone keeps the
+# size; | forks the last layer in two.
 POOLS = {"max/2": nn.MaxPool2d(3, 2), "max": nn.MaxPool2d(3, 1, 1),
          "mean": nn.AvgPool2d(3, 1, 1, count_include_pad=False)}
 STEM = ("Conv2d_1a_3x3=32:3x3/2 Conv2d_2a_3x3=32:3x3/1 Conv2d_2b_3x3=64:3x3 max/2 "

@@ -68,7 +68,7 @@ def table(out):
     return {key: value for key, value in results.items() if key not in ("run", "settings")}
 
 
-FOLDERS = ("noise", "motions", "cells", "scores", "references")
+FOLDERS = ("noise", "motions", "cells", "scores")
 
 
 def files(out, *folders):
@@ -137,7 +137,9 @@ def test_the_judges_of_public_models(model, tmp_path, monkeypatch):
     assert results["judges"]["frechet"] == "Inception" and results["judges"]["clip"] == str(judge)
     assert results["finished"] == 2 * 2
     assert all("attributes" not in row["metrics"] and row["frames"] == 2 * 2 for row in results["rows"])
-    features = [eval_mi.read_arrays(path)["fid_features"] for path in sorted((out / "references").iterdir())]
+    videos = [mini_mi.read_video(tmp_path / f"{name}.webp", 4, (64, 64)) for name in listing]
+    with torch.no_grad():                                       # frames 0 and 2
+        features = [network(torch.from_numpy(video[::2]).permute(0, 3, 1, 2) / 255) for video in videos]
     floor = eval_mi.frechet_distance(*features)
     assert all(row["frechet_floor"] == pytest.approx(floor) for row in results["rows"])
     kept = next((out / "scores").rglob("full-*.npz"))
@@ -181,13 +183,13 @@ def test_a_variant_equals_mini_mi_by_hand(finished, model):
 def test_outlines_are_judged_by_the_shape_that_was_asked_for(finished, model):
     """The autoencoder's clip shows what its frames show, and every cell has this score."""
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, finished)))
-    cell, seen = lab.cells[-1], lab.reference(lab.cells[-1].clip)
+    cell = lab.cells[-1]
     frames = {shape: world.render(world.scene(3, ["zigzag"], f"a yellow {shape} on a teal plain background"),
                                   4, 64) for shape in world.SHAPES}
-    right = lab.judges.judge(cell, {"frames": cell.clip.frames, "about": {}}, seen)["about"]["scores"]
+    right = lab.judges.judge(cell, {"frames": cell.clip.frames, "about": {}})["about"]["scores"]
     assert right["shape_frames"] == 1.0
     for shape, clip in frames.items():
-        scores = lab.judges.judge(cell, {"frames": clip, "about": {}}, seen)["about"]["scores"]
+        scores = lab.judges.judge(cell, {"frames": clip, "about": {}})["about"]["scores"]
         assert scores["shape_frames"] == float(shape == world.attributes(cell.prompt)[0])
     assert all(0 <= eval_mi.read_arrays(lab.paths.score(c))["about"]["scores"]["shape_frames"] <= 1
                for c in lab.cells)
@@ -196,7 +198,7 @@ def test_outlines_are_judged_by_the_shape_that_was_asked_for(finished, model):
 def test_names_of_files_say_what_they_hold(finished):
     names = {re.sub("-[0-9a-f]{12}(?=[.])", "", name) for name in files(finished)}
     assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz", "noise/spiral.npz",
-            "scores/spiral/vae-own-s0.npz", "references/spiral.npz"} <= names
+            "scores/spiral/vae-own-s0.npz"} <= names
 
 
 def test_the_report_is_rebuilt_from_cells_alone(copy, finished, model, monkeypatch, capsys):
@@ -271,7 +273,7 @@ def test_what_cannot_work_shows_before_the_first_training(model, tmp_path, capsy
     assert said in capsys.readouterr().err
 
 
-def test_cotracker_is_fetched_once_and_asked_clip_by_clip(monkeypatch):
+def test_cotracker_is_fetched_once(monkeypatch):
     """The network's call is (1,F,3,h,w) in 0..255 with grid_size -> (1,F,n,2), (1,F,n)."""
     calls, fetched = [], []
 
@@ -283,12 +285,12 @@ def test_cotracker_is_fetched_once_and_asked_clip_by_clip(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load", lambda *args, **options: fetched.append(args) or Network())
     eval_mi.cotracker_model.cache_clear()
-    video = torch.full((2, 5, 16, 24, 3), 255, dtype=torch.uint8)
+    video = torch.full((5, 16, 24, 3), 255, dtype=torch.uint8)
     for _ in range(2):
         tracks, visible = eval_mi.cotracker(video, 3)
-    assert calls == [((1, 5, 3, 16, 24), 255.0)] * 4 and len(fetched) == 1
-    assert tracks.shape == (2, 9, 5, 2) and visible.shape == (2, 9, 5)
-    assert (tracks[:, :, 1:] - tracks[:, :, :-1] == 1).all() and visible[:, 0, 0].logical_not().all()
+    assert calls == [((1, 5, 3, 16, 24), 255.0)] * 2 and len(fetched) == 1
+    assert tracks.shape == (9, 5, 2) and visible.shape == (9, 5)
+    assert (tracks.diff(dim=1) == 1).all() and visible.sum() == 9 * 5 - 1 and not visible[0, 0]
 
     def offline(*args, **options):
         raise RuntimeError("It looks like there is no internet connection")
@@ -646,21 +648,15 @@ def test_the_embedded_world_has_any_number_of_clips(model, tmp_path):
     assert not {c.digest for c in other.clips} & {c.digest for c in lab.clips}
 
 
-def test_thumbnails_and_descriptions_are_no_clips(tmp_path):
-    """A still picture is none, whatever its format; a picture that moves, a video and a folder are."""
-    clip = ROOT / "data" / "clips" / "spiral.webp"
-    shutil.copy(clip, tmp_path / "dog.webp")
-    still = Image.new("RGB", (64, 64))
-    for name in ("dog.jpg", "dog.png", "cat.webp"):
-        still.save(tmp_path / name)
-    for name in ("dog.description", "dog.srt", "dog.txt", "cat.mp4"):
-        (tmp_path / name).write_text("words")
-    assert eval_mi.find_clip(tmp_path, "dog").name == "dog.webp"
-    assert eval_mi.find_clip(tmp_path, "cat").name == "cat.mp4"
-    (tmp_path / "dog").mkdir()
-    with pytest.raises(mini_mi.UserError, match="dog and dog.webp"):
-        eval_mi.find_clip(tmp_path, "dog")
+def test_a_clip_is_named_by_its_path_or_by_that_without_a_suffix(tmp_path):
+    for name in ("dog.webp", "dog.jpg", "cat.v2.mp4"):
+        (tmp_path / name).write_text("a clip")
     assert eval_mi.find_clip(tmp_path, "dog.webp").name == "dog.webp"
+    assert eval_mi.find_clip(tmp_path, "cat.v2").name == "cat.v2.mp4"
+    with pytest.raises(mini_mi.UserError, match="dog.jpg, dog.webp: write its full name"):
+        eval_mi.find_clip(tmp_path, "dog")
+    (tmp_path / "dog").mkdir()
+    assert eval_mi.find_clip(tmp_path, "dog").name == "dog"
     with pytest.raises(mini_mi.UserError, match="no such clip"):
         eval_mi.find_clip(tmp_path, "bird")
 
