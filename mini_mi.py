@@ -42,6 +42,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import unicodedata
@@ -1231,30 +1232,24 @@ def one_line(error):
 
 
 def is_lack_of_memory(error):
-    """torch has a class for it, but not for what allocators, drivers and CUDA's libraries say."""
+    """Python has a class for it; torch, drivers and CUDA's libraries are known by what they say."""
     said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or isinstance(error, RuntimeError) and bool(said)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(said)
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`, renamed to it when the block succeeds, else deleted: nobody meets
-    a part of a file. The folder is created. UserError: the place cannot be written, the disk is full."""
+    """Yield a temporary path of the same name, moved to `path` when the block succeeds, else deleted: nobody
+    meets a part of a file. The folder is created. UserError: the place cannot be written, the disk is full."""
     path = Path(path)
-    # The suffix stays last: PIL and ffmpeg choose the format by it. Machines may share the folder.
-    temporary = path.with_name(f".{path.stem}.{platform.node()}-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # an unwritable folder shows here, before any work is done
-        yield temporary
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:     # on the same disk
+            yield Path(folder) / path.name
+            os.replace(Path(folder) / path.name, path)
     except OSError as error:
         why = one_line(error)
         raise UserError(f"cannot write {path} ({why}): make room or choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -1262,10 +1257,8 @@ def built_from(path, problem="cannot be used", advice="get it again"):
     """The guard at the door through which a file enters: whatever goes wrong while something is built from it
     is one UserError that names the file. Only a lack of memory is not the file's fault."""
     try:
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                if file.read(40).startswith(b"version https://git-lfs.github.com/"):
-                    raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
+        if os.path.isfile(path) and os.path.getsize(path) < 500 and b"//git-lfs" in Path(path).read_bytes():
+            raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
         yield
     except Exception as error:
         if is_lack_of_memory(error) or isinstance(error, UserError) and str(path) in str(error):
@@ -1296,9 +1289,9 @@ def read_config(kind, config, only=None, **fields):
         if settings[field] not in known:
             raise UserError(f"{kind} config: {field} = {settings[field]} is not implemented, only {known}")
     for field, default in fields.items():
-        # Other values of a wrong type fail where the part is built; a number could fail at use.
-        convert = type(default) if type(default) in (int, float) else lambda value: value
-        settings[field] = convert(config.get(field, default))
+        value = config.get(field, default)
+        # A number of a wrong type could fail at use; anything else fails where the part is built.
+        settings[field] = type(default)(value) if type(default) in (int, float) else value
     return SimpleNamespace(**settings)
 
 
@@ -1311,13 +1304,9 @@ SAFETENSORS_DTYPES = {
 def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
-        try:                                # mapped: pages load when they are used, and writing stays private
-            data = np.memmap(path, np.uint8, "c")
-        except OSError:                     # some file systems map no files
-            data = np.fromfile(path, np.uint8)
-        data = torch.from_numpy(data)
-        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-        header, data, tensors = json.loads(data[8:start].numpy().tobytes()), data[start:], {}
+        whole = np.fromfile(path, np.uint8)                             # some file systems cannot map files
+        start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
+        header, data, tensors = json.loads(whole[8:start].tobytes()), torch.from_numpy(whole)[start:], {}
         metadata = header.pop("__metadata__", {})
         begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
         if (0, *ends) != (*begins, len(data)):
@@ -1325,7 +1314,7 @@ def read_safetensors(path):
         for name, entry in header.items():
             raw, dtype = data[slice(*entry["data_offsets"])], SAFETENSORS_DTYPES[entry["dtype"]]
             if raw.storage_offset() % dtype.itemsize:
-                raw = raw.clone()                                       # old writers did not align
+                raw = raw.clone()                                       # not every writer aligns
             tensors[name] = raw.view(dtype).reshape(entry["shape"])
     return tensors, metadata
 
@@ -1343,18 +1332,15 @@ def load_tensors(path):
 def save_safetensors(path, tensors, metadata=None):
     """Write {name: tensor} and optional {str: str} metadata as safetensors, atomically; dtypes are kept."""
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    # Wide dtypes first, and a header padded to 8 bytes: every tensor lies at a multiple of its item size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header, begin = {"__metadata__": metadata or {}}, 0
-    for name, tensor in ordered:
-        end = begin + tensor.nbytes
+    header, end = {"__metadata__": metadata or {}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
         header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
-        begin = end
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * (-len(head) % 8)                    # programs that map the file need the data aligned
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for _, tensor in ordered:
+        for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 

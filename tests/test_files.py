@@ -202,7 +202,7 @@ def test_atomic_write_keeps_the_old_file_when_the_block_fails(tmp_path):
     path = tmp_path / "a" / "x.txt"
     with mini_mi.atomic_write(path) as temporary:
         temporary.write_text("old")
-        assert temporary.parent == path.parent and temporary.suffix == ".txt" and not path.exists()
+        assert temporary.name == path.name and not path.exists()
     for error in (KeyboardInterrupt, ZeroDivisionError):
         with pytest.raises(error), mini_mi.atomic_write(path) as temporary:
             temporary.write_text("half")
