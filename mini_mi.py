@@ -544,7 +544,7 @@ class UNet3DConditionModel(nn.Module):
             layers_per_block=2, norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1024,
             attention_head_dim=64,
             only=dict(downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", num_attention_heads=None,
-                      time_cond_proj_dim=None))
+                      time_cond_proj_dim=None, _class_name="UNet3DConditionModel"))
         widths, downs, n = c.block_out_channels, list(c.down_block_types), len(c.block_out_channels)
         if (not {WITH_ATTENTION} <= set(downs) <= {WITH_ATTENTION, PLAIN} or len(downs) != n
                 or list(c.up_block_types) != mirrored(downs)):
@@ -932,7 +932,7 @@ class AutoencoderKL(nn.Module):
             layers_per_block=1, latent_channels=4, norm_num_groups=32, scaling_factor=0.18215,
             mid_block_add_attention=True,
             only=dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None,
-                      use_quant_conv=True, use_post_quant_conv=True))
+                      use_quant_conv=True, use_post_quant_conv=True, _class_name="AutoencoderKL"))
         for field, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
             if set(config.get(field, [kind])) != {kind}:
                 raise UserError(f"autoencoder config: {field} {config[field]}: only {kind} is implemented")
@@ -1024,7 +1024,7 @@ class CLIPTextModel(nn.Module):
         self.text_model = CLIPTextTransformer(read_config(
             "text encoder", config, vocab_size=49408, hidden_size=512, intermediate_size=2048,
             num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=77, layer_norm_eps=1e-5,
-            only=dict(hidden_act=tuple(ACTIVATIONS))))
+            only=dict(hidden_act=tuple(ACTIVATIONS), architectures=(["CLIPTextModel"], None))))
 
     def forward(self, ids):
         return self.text_model(ids)
@@ -1378,55 +1378,37 @@ def weight_files(names, stem):
     raise UserError(f"no weights, such as {stem}.safetensors, or not all pieces: this is no whole model")
 
 
-def part_config(folder, build):
-    """config.json of a part. UserError: it describes another class than `build`."""
-    path, needed = folder / "config.json", build.__name__
-    with built_from(path):
-        config = read_json(path)
-        found = config.get("_class_name") or (config.get("architectures") or [needed])[0]
-        if found != needed:
-            raise UserError(f"its class is {found}, and {needed} is needed: take a model that has one")
-    return config
-
-
 def load_module(build, folder, stem, device, dtype):
     """build(config.json of `folder`) with its weights, see weight_files. Frozen, in eval mode."""
-    with built_from(folder / "config.json"), torch.device("meta"):    # no memory for what gets replaced
-        module = build(part_config(folder, build))
     with built_from(folder):
-        paths = [folder / name for name in weight_files(os.listdir(folder), stem)]
-    expected, tensors = module.state_dict(), {}
-    for path in paths:
-        for key, value in load_tensors(path).items():
-            if key.endswith(".position_ids"):      # a constant 0, 1, 2, ... that old text encoders store
-                continue
-            # Every tool that writes 8-bit weights keeps their scales in a way of its own.
-            kind = str(value.dtype).removeprefix("torch.")
-            if kind not in ("float64", "float32", "float16", "bfloat16") or not value.isfinite().all():
-                raise UserError(f"{path} holds {kind} numbers in {key}, or some that are not finite: "
-                                "get its float16 or float32 weights")
-            for old, new in OLD_ATTENTION.items():
-                key = key.replace(f"mid_block.attentions.0.{old}.", f"mid_block.attentions.0.{new}.")
-            prefix = "text_model." if f"text_model.{key}" in expected else ""   # transformers 5 leaves it out
-            tensors[prefix + key] = value.to(device, dtype)
-    shapes, found = ({(key, tuple(value.shape)) for key, value in state.items()}
-                     for state in (expected, tensors))
-    if shapes != found:
-        raise UserError(f"{paths[0]} does not fit its config.json: missing {sorted(shapes - found)[:2]}, "
-                        f"unknown {sorted(found - shapes)[:2]}; get both from one model")
-    module.load_state_dict(tensors, strict=True, assign=True)
+        with torch.device("meta"):                                        # no memory for what gets replaced
+            module = build(read_json(folder / "config.json"))
+        expected, tensors = module.state_dict(), {}
+        for name in weight_files(os.listdir(folder), stem):
+            for key, value in load_tensors(folder / name).items():
+                # Every tool that writes 8-bit weights keeps their scales in a way of its own.
+                if value.itemsize == 1:
+                    raise UserError(f"{name} holds {value.dtype} numbers: get its float16 or float32 weights")
+                for old, new in OLD_ATTENTION.items():
+                    key = key.replace(f".{old}.", f".{new}.")
+                if f"text_model.{key}" in expected:                        # transformers 5 leaves it out
+                    key = f"text_model.{key}"
+                if not key.endswith(".position_ids"):      # 0, 1, 2, ..., which old text encoders store
+                    tensors[key] = value
+        try:
+            module.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:                               # it says on several lines what does not fit
+            said = textwrap.shorten(str(error), 300)
+            raise UserError(f"{folder} does not fit its config.json, get both from one model: {said}") from error
     parameters = sum(value.numel() for value in tensors.values())
     print(f"loaded {len(tensors)} tensors, {parameters:,} parameters: {folder.name}")
-    return module.eval().requires_grad_(False)
+    return module.to(device, dtype).eval().requires_grad_(False)
 
 
 def local_folder(model):
-    """The folder that `model` names, one of data/ or any other, or None if it names a hub repository."""
-    for folder in (HERE / "data" / model, Path(model)):
-        if (folder / "unet").is_dir():
-            return folder
-    if Path(model).exists():
-        raise UserError(f"{model} is no model folder in diffusers layout: there is no unet/ in it")
+    """The folder that `model` names, one of data/ or any other, or None if it has no unet/."""
+    folders = HERE / "data" / model, Path(model)
+    return next((folder for folder in folders if (folder / "unet").is_dir()), None)
 
 
 def model_folder(model):
@@ -1436,22 +1418,20 @@ def model_folder(model):
 
 def model_config(model, part):
     """config.json of a part with weights; of a hub repository it is fetched without them."""
-    return part_config((local_folder(model) or fetch(model, part, weights=False)) / part, PARTS[part][0])
+    return read_json((local_folder(model) or fetch(model, part, weights=False)) / part / "config.json")
 
 
 def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     """Models from a folder in diffusers layout or from a hub repository; `dtype` is not the autoencoder's:
     in float16 it can overflow, and it costs little next to the UNet, so it stays float32."""
     folder = model_folder(folder_or_repo)
-    with built_from(folder / "tokenizer"):
+    with built_from(folder, "has parts that are damaged or do not fit each other"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    with built_from(folder / "scheduler"):
+        networks = [load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
+                    for part, (build, stem) in PARTS.items()]
         scheduler = DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
-    networks = [load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
-                for part, (build, stem) in PARTS.items()]
-    models = Models(tokenizer, *networks, scheduler)
-    # A prompt with the token of the highest number is tried, because some faults show only at use.
-    with built_from(folder / "text_encoder", "does not fit the tokenizer", "get both from one model"):
+        models = Models(tokenizer, *networks, scheduler)
+        # The token of the highest number is tried: that the text encoder lacks it would show only at use.
         encode_prompt(models, [max(tokenizer.vocab, key=tokenizer.vocab.get)])
     return models
 

@@ -394,12 +394,6 @@ def edit_bytes(cut):
     return change
 
 
-def poison(path):
-    tensors = {key: value.clone() for key, value in mini_mi.load_tensors(path).items()}
-    tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
-    mini_mi.save_safetensors(path, tensors)
-
-
 class Evil:
     """A pickle that makes a folder when it is opened without care."""
 
@@ -425,13 +419,12 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
     ("vae/config.json", edit_json(act_fn="relu"), "act_fn"),
     ("unet/config.json", edit_bytes(lambda b: b[:-9]), "JSON"),
     ("unet/config.json", edit_json(block_out_channels=[32, 32]), "does not fit its config"),
-    ("vae/config.json", edit_json(layers_per_block=2), "missing .*decoder"),
+    ("vae/config.json", edit_json(layers_per_block=2), "does not fit .*Missing key"),
     ("scheduler/scheduler_config.json", edit_json(prediction_type="sample"), "prediction_type"),
     ("text_encoder/config.json", edit_json(hidden_act="relu"), "hidden_act"),
     (WEIGHTS, edit_bytes(lambda b: b[:len(b) // 2]), "truncated"),
     (WEIGHTS, edit_bytes(lambda b: b""), "safetensors"),
     (WEIGHTS, edit_bytes(lambda b: b"\xff" * 7 + b"\x7f" + b[8:]), "no safetensors file"),
-    (WEIGHTS, poison, "not finite"),
     (WEIGHTS, evil, "refused"), (WEIGHTS, lambda path: path.unlink(), "no weights, such as"),
     ("tokenizer/vocab.json", lambda path: path.unlink(), "vocab.json"),
     ("tokenizer/merges.txt", lambda path: path.unlink(), "merges.txt")])

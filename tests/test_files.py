@@ -301,24 +301,23 @@ def test_8_bit_weights_are_refused_by_their_format(tmp_path, tiny_random, name, 
     whole.unlink()
     path = whole.with_suffix(f".{kind}")
     torch.save(tensors, path) if kind == "bin" else mini_mi.save_safetensors(path, tensors)
-    with pytest.raises(mini_mi.UserError, match=f"{path} holds {name} numbers .*get its float16 or float32"):
+    with pytest.raises(mini_mi.UserError, match=f"{path.name} holds torch.{name} numbers: get its float16 or"):
         load_part(folder, "unet")
 
 
 @pytest.mark.parametrize("part, changes, match", [
-    ("unet", dict(_class_name="UNetMotionModel"), "UNetMotionModel, and UNet3DConditionModel is needed"),
-    ("vae", dict(_class_name="AutoencoderTiny"), "AutoencoderTiny, and AutoencoderKL is needed"),
-    ("text_encoder", dict(architectures=["T5EncoderModel"]), "T5EncoderModel, and CLIPTextModel is needed"),
-    ("text_encoder", dict(architectures=7), "cannot be used"),
+    ("unet", dict(_class_name="UNetMotionModel"), "UNetMotionModel is .* only .*UNet3DConditionModel"),
+    ("vae", dict(_class_name="AutoencoderTiny"), "AutoencoderTiny is .* only .*AutoencoderKL"),
+    ("text_encoder", dict(architectures=["T5EncoderModel"]), "T5EncoderModel.* is .* only .*CLIPTextModel"),
+    ("text_encoder", dict(architectures=7), "7 is not implemented"),
     ("text_encoder", dict(architectures=None), None)])
 def test_a_part_of_another_class_is_named(tmp_path, tiny_random, part, changes, match):
     model = shutil.copytree(tiny_random, tmp_path / "model")
     path = model / part / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    for load in (mini_mi.load_models, lambda folder: mini_mi.model_config(folder, part)):
-        expected = pytest.raises(mini_mi.UserError, match=f"{part}/config.json.*{match}")
-        with expected if match else contextlib.nullcontext():
-            load(model)
+    expected = pytest.raises(mini_mi.UserError, match=f"{part}: .*{match}")
+    with expected if match else contextlib.nullcontext():
+        mini_mi.load_models(model)
 
 
 @pytest.mark.parametrize("name, changes", [
@@ -338,7 +337,7 @@ def test_a_part_of_another_class_is_named(tmp_path, tiny_random, part, changes, 
     ("tokenizer/tokenizer_config.json", dict(model_max_length="long")),
     ("tokenizer/tokenizer_config.json", dict(model_max_length=10**30)),
     ("tokenizer/special_tokens_map.json", dict(pad_token=["!"]))])
-def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tiny_random, name, changes):
+def test_values_of_the_wrong_kind_are_one_line_that_names_the_model(tmp_path, tiny_random, name, changes):
     """A number where a list belongs, a negative width, a token that is no text: at load, not in the
     middle."""
     model = shutil.copytree(tiny_random, tmp_path / "model")
@@ -346,8 +345,7 @@ def test_values_of_the_wrong_kind_are_one_line_that_names_the_part(tmp_path, tin
     try:
         mini_mi.load_models(model)
     except mini_mi.UserError as error:
-        part = name.split("/")[0].replace("_", " ")
-        assert "\n" not in str(error) and (part in str(error) or part.replace(" ", "_") in str(error))
+        assert "\n" not in str(error) and str(model) in str(error)
     else:
         assert name.startswith("tokenizer/")  # a token that cannot be one is taken as not given
 

@@ -359,18 +359,18 @@ def test_keys_of_the_text_encoder_load_with_and_without_prefix(copy, models, pre
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop("conv_in.bias"), "missing .*conv_in.bias.*, unknown ..;"),
-    (lambda t: t.update({"extra.weight": torch.zeros(1)}), "missing .., unknown .*extra.weight"),
-    (lambda t: t.update({"conv_in.bias": torch.zeros(7)}), "missing .*bias.*32.* unknown .*bias.*7"),
-    (lambda t: t.update({"conv_in.bias": torch.full((32,), float("nan"))}), "in conv_in.bias, .* not finite")])
+    (lambda t: t.pop("conv_in.bias"), "Missing key.*conv_in.bias"),
+    (lambda t: t.update({"extra.weight": torch.zeros(1)}), "Unexpected key.*extra.weight"),
+    (lambda t: t.update({"conv_in.bias": torch.zeros(7)}), "size mismatch for conv_in.bias.*7.*32")])
 def test_weights_that_do_not_fit_are_refused(copy, change, words):
     """The message names the first bad keys."""
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = {key: value.clone() for key, value in mini_mi.load_tensors(path).items()}
     change(tensors)
     mini_mi.save_safetensors(path, tensors)
-    with pytest.raises(mini_mi.UserError, match=words):
+    with pytest.raises(mini_mi.UserError, match=f"unet does not fit its config.json, .*{words}") as caught:
         mini_mi.load_models(copy)
+    assert "\n" not in str(caught.value)
 
 
 def test_half_precision_weights_load_as_asked(copy, models):
