@@ -1863,10 +1863,11 @@ DEFAULT_CLIP = "pendulum_2"         # of data/clips, the one that inverted noise
 INVERT_STEPS = 50                   # of the DDIM inversion, whatever --sample-steps is: the authors'
 
 
-def option(group, default, about, least=-math.inf, most=math.inf, **extra):
-    """A setting: its group in --help, default, what --help says, range; extra: choices, flag."""
+def option(group, default, about, least=-math.inf, most=math.inf, flag=None, **more):
+    """A setting: its group in --help, default, what --help says, range, flag if it is not --NAME; more: of
+    argparse, such as choices."""
     return dataclasses.field(default=default, metadata=dict(
-        group=group, about=about, least=least, most=most, **extra))
+        group=group, about=about, least=least, most=most, flag=flag, more=more))
 
 
 @dataclasses.dataclass
@@ -1906,7 +1907,8 @@ class Config(SharedConfig):
     motion_type: str = option("method", "object", "camera: sample without MV", choices=("object", "camera"))
     motion_file: str = option("training", None, "reuse this motion file, train nothing", flag="--motion")
     snapshots: tuple = option("training", (), "also keep the embeddings of these steps, as in 50,100")
-    prompts: tuple = option("sampling", (), "what to show instead; again for more clips", flag="--prompt")
+    prompts: tuple = option("sampling", (), "what to show instead; again for more clips", flag="--prompt",
+                            type=str, action="append", metavar="PROMPT")
     negative_prompt: str = option("sampling", "", "what to keep away from")
     seed: int = option("sampling", 0, "random seed of training and sampling", 0, 2 ** 62)
     seeds: int = option("sampling", 1, "clips per prompt, of as many seeds in a row", 1, 1e4)
@@ -1926,7 +1928,7 @@ LEARNING = (*TRAINING, "debias_in_training", "mqk_dims", "mv_dims", "levels", "s
 
 def flag_of(field):
     """The command line's name of a field that is an `option`."""
-    return field.metadata.get("flag", "--" + field.name.replace("_", "-"))
+    return field.metadata.get("flag") or "--" + field.name.replace("_", "-")
 
 
 def numbers(words):
@@ -1954,19 +1956,13 @@ def parse_given(cls, argv, prog, description):
     for f in dataclasses.fields(cls):
         if not f.metadata:                                     # a field that only a model's folder can set
             continue
-        how = {"type": f.type, "choices": f.metadata.get("choices")}
-        if f.type is bool:
-            how = {"action": "store_false" if f.default else "store_true"}
-        elif f.type is list:
-            how = {"nargs": "+", "metavar": "FILE"}
-        elif f.name == "prompts":
-            how = {"action": "append", "metavar": "PROMPT"}
-        elif f.type is tuple:
-            how = {"type": numbers}
+        how = {bool: {"action": "store_false" if f.default else "store_true"},
+               tuple: {"type": numbers}, list: {"nargs": "+", "metavar": "FILE"}}.get(f.type, {"type": f.type})
         told = "" if f.type is bool or f.default in (None, (), "") else f" ({f.default})"
         name = f.metadata["group"]
         groups[name] = groups.get(name) or parser.add_argument_group(name)
-        groups[name].add_argument(flag_of(f), dest=f.name, help=f.metadata["about"] + told, **how)
+        groups[name].add_argument(flag_of(f), dest=f.name, help=f.metadata["about"] + told,
+                                  **{**how, **f.metadata["more"]})
     return vars(parser.parse_args(argv))
 
 
@@ -1979,8 +1975,9 @@ def merged(cls, *layers):
     for f in dataclasses.fields(cls):
         least, most = f.metadata.get("least", -math.inf), f.metadata.get("most", math.inf)
         kinds = {float: (int, float), tuple: (tuple, list)}.get(f.type, f.type)
+        choices = f.metadata.get("more", {}).get("choices")
         for value in (layer[f.name] for layer in layers if layer.get(f.name) is not None):
-            if not isinstance(value, kinds) or value not in (f.metadata.get("choices") or [value]):
+            if not isinstance(value, kinds) or value not in (choices or [value]):
                 raise UserError(f"{flag_of(f)} cannot be {value!r}")
             if isinstance(value, (int, float)) and not least <= value <= most:            # nan is not, either
                 raise UserError(f"{flag_of(f)} {value}: it must be within {least:g} and {most:g}")
@@ -2004,22 +2001,26 @@ def clip_settings(video):
         return dict(source_prompt=entry.get("caption"), prompts=tuple(entry.get("prompts", ()))[:2])
 
 
-def motion_settings(motion, other_clip):
-    """What a motion file says: how it was trained and, unless another clip is given, on which clip."""
+def motion_settings(motion, video):
+    """What a motion file says: how it was trained and, unless `video` is another clip, on what."""
     source = {**motion.source, "source_prompt": motion.source.get("prompt")}
-    of_clip = () if other_clip else ("video", "start", "duration", "source_prompt")
-    names = ("model", "frames", "size", *of_clip)
+    same = video is None or absolute(video) == source.get("video")
+    names = ("model", "frames", "size", *(("video", "start", "duration", "source_prompt") if same else ()))
     return {**{name: source.get(name) for name in names},
             **{name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}}
+
+
+def absolute(path):
+    """A path that means the same from any folder; ~ is the user's."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def pick_device(name):
     """The device that `name` means, after a trial; auto is cuda where there is one. UserError: it fails."""
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    # It fails for an unknown name, a card that is not there, a build without it.
+    with built_from(f"--device {name}", "fails here", "use --device cpu"):
         torch.ones(1, device=name).add(1).item()
-    except Exception as error:              # an unknown name, a card that is not there, a build without it
-        raise UserError(f"--device {name} fails here ({one_line(error)}); use --device cpu") from error
     return name
 
 
@@ -2030,12 +2031,15 @@ def settle(given):
         if name in given:
             raise UserError(f"--{name.replace('_', '-')} says how to learn, and --motion reuses what was "
                             "learned: leave one of them out")
-    motion_says = motion_settings(motion, other_clip="video" in given) if motion else {}
+    motion_says = motion_settings(motion, given.get("video")) if motion else {}
     model = given.get("model") or motion_says.get("model") or Config.model
     model_says = model_settings(model)
     video = given.get("video") or motion_says.get("video")
     if not video and not motion and model_says.get("world"):
         video = str(HERE / "data" / "clips" / f"{DEFAULT_CLIP}.webp")
+    if video and model_says.get("world") and Path(video).resolve().parent != HERE / "data" / "clips":
+        print("note: the small model knows nothing but four shapes on three patterns: for other clips and "
+              "prompts take --model zeroscope")
     config = merged(                               # each layer overrides those above it:
         Config,                                    # the paper's defaults,
         model_says,                                # what the model's folder says of itself,
@@ -2060,8 +2064,8 @@ def check(config, motion):
     if config.source_prompt is None and not motion:
         raise UserError('say what the reference shows, --source-prompt "...": what the text explains, '
                         "the motion embeddings need not learn")
-    if late := [step for step in config.snapshots if not 1 <= step <= config.steps]:
-        raise UserError(f"--snapshots {late[0]}: the training has steps 1 to {config.steps}")
+    if not all(1 <= step <= config.steps for step in config.snapshots):
+        raise UserError(f"--snapshots {config.snapshots}: the training has steps 1 to {config.steps}")
     if config.negative_prompt and config.guidance <= 1:
         raise UserError(f"--negative-prompt does nothing at --guidance {config.guidance}: "
                         "it takes more than 1")
@@ -2089,64 +2093,36 @@ def sizes(config):
     return pixels, (pixels[1] // factor, pixels[0] // factor)
 
 
-def prepare(config, motion, grid):
-    """The motion as the run will use it: of --motion, with its settings, or untrained. UserError: no fit."""
-    with built_from(f"{config.model}: unet/config.json"), torch.device("meta"):       # takes no memory yet
-        unet = UNet3DConditionModel(model_config(config.model, "unet"))
-    if motion is None:
-        settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
-        return MotionEmbeddings(unet, config.frames, *grid, levels=config.levels or None, **settings)
-    motion.use_mqk, motion.debias, motion.t_min = config.use_mqk, config.debias, config.t_min
-    motion.use_mv = config.use_mv and config.motion_type == "object"        # camera: its size does not matter
-    check_fits(motion, unet, config.frames, *grid)
-    return motion
-
-
 def describe(config, motion):
     """What a run will do, as lines."""
     how = f"reuse {config.motion_file}" if config.motion_file else (
         f"train {config.steps} steps of {config.batch}, lr {config.lr} {config.lr_schedule}, "
         f"loss {config.loss}")
-    used = {"pos_embed": motion.use_mqk, "vSpatial": motion.use_mv}
-    count = sum(p.numel() for key, p in motion.named_parameters() if used[key.rsplit(".", 1)[1]])
-    lines = [
+    return "\n".join([
         f"model      {config.model} on {config.device}, {config.dtype}",
         f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
         f"clips      {config.frames} frames of {config.size}, {config.fps:g} per second",
-        f"motion     {how}; {'MQK ' * motion.use_mqk}{'MV ' * motion.use_mv}of {count:,} "
-        f"embedding parameters, debias {motion.debias}, motion type {config.motion_type}, "
-        f"used at t >= {motion.t_min} T",
+        f"motion     {how}; {sum(p.numel() for p in motion.parameters()):,} embedding parameters, "
+        f"MQK {'on' if motion.use_mqk else 'off'}, MV {'on' if motion.use_mv else 'off'}, "
+        f"debias {motion.debias}, used at t >= {motion.t_min} T",
         f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
         f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
-        *(f"prompt     {prompt}" for prompt in config.prompts)]
-    foreign = config.video and Path(config.video).resolve().parent != HERE / "data" / "clips"
-    if foreign and model_settings(config.model).get("world"):
-        lines.append("note       the small model knows nothing but four shapes on three patterns: for other "
-                     "clips and prompts take --model zeroscope")
-    return "\n".join(lines)
+        *(f"prompt     {prompt}" for prompt in config.prompts)])
 
 
 class Record:
-    """The folder of one run and its run.json: settings, files, seconds by part of the run."""
+    """The folder of one run, and its run.json: settings, files, seconds by part of the run."""
 
     def __init__(self, config, began):
         self.facts, self.files, self.seconds = {"config": dataclasses.asdict(config)}, [], {}
-        self.began, asked = began, Path(os.path.abspath(os.path.expanduser(config.out)))
-        for number in itertools.count(1):
-            self.folder = asked if number == 1 else asked.with_name(f"{asked.name}-{number}")
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                # "x" fails where there is one: of two runs that begin at once one gets the folder.
-                with open(self.folder / "run.json", "x", encoding="utf-8") as file:
-                    json.dump(self.facts, file, indent=1)
-                break
-            except OSError as error:
-                # Any other error, such as a full disk, is no sign of an earlier run.
-                if not isinstance(error, FileExistsError) or not (self.folder / "run.json").is_file():
-                    raise UserError(f"cannot write into {self.folder} ({one_line(error)}): choose another "
-                                    "place, --out") from error
-        if self.folder != asked:
+        self.began, asked = began, Path(absolute(config.out))
+        self.folder, number = asked, 1
+        while (self.folder / "run.json").exists():              # a folder that holds a run is left as it is
+            number += 1
+            self.folder = asked.with_name(f"{asked.name}-{number}")
+        if number > 1:
             print(f"{config.out} holds a run: this one goes to {self.folder.name}")
+        self.write()                                            # a place that cannot be written shows now
 
     def path(self, name):
         """The path of a new result."""
@@ -2160,7 +2136,7 @@ class Record:
         self.began = now
 
     def write(self, **facts):
-        """The finished run.json."""
+        """run.json, with more facts at the end of the run."""
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         whole = dict(self.facts, **facts, seconds=self.seconds, files=sorted(self.files), versions=versions)
         with atomic_write(self.folder / "run.json") as temporary:
@@ -2170,67 +2146,71 @@ class Record:
 def learn(config, models, latents, text, record):
     """Trains the motion of `latents` (1,C,F,H,W) and saves it, its snapshots and its losses; returns it.
 
-    Ctrl-C and SIGTERM end the training after the step that runs, with what it has learned so far.
+    Ctrl-C and SIGTERM, which `guarded` makes alike, end the training with what it has learned so far.
     """
-    folder = local_folder(config.model)
-    path = folder and not (HERE / "data") in folder.parents          # a name, or a folder wherever we are
-    source = dict(video=os.path.abspath(os.path.expanduser(config.video)), prompt=config.source_prompt,
-                  frames=config.frames, size=config.size, start=config.start, duration=config.duration,
-                  model=str(folder.resolve()) if path else config.model)
-    signals = []                                                        # those that came in
+    source = dict(video=absolute(config.video), prompt=config.source_prompt, frames=config.frames,
+                  size=config.size, start=config.start, duration=config.duration, model=config.model)
+    if local_folder(config.model) == Path(config.model):                # no name: a folder wherever we are
+        source["model"] = absolute(config.model)
+    reached = {}                                                        # the last step and the motion then
+
+    def save(motion, name):
+        """Writes the motion; returns its path."""
+        motion.source, file = source, record.path(name)
+        motion.save(file)
+        return file
 
     def keep(step, motion):
-        """Saves the motion where a snapshot was asked for, or the end."""
-        stop = bool(signals)                          # read once: a signal can come between two lines
-        if step in config.snapshots or stop:
-            motion.source, file = source, record.path(f"motion-step{step}.safetensors")
-            motion.save(file)
-        if stop:
-            raise UserError(f"stopped after step {step} of {config.steps}: what was learned is in {file}; "
-                            f"use it with --motion {file}")
+        """Keeps a snapshot where one was asked for."""
+        reached.update(step=step, motion=motion)
+        if step in config.snapshots:
+            save(motion, f"motion-step{step}.safetensors")
 
-    def ask(number, _):
-        """The first signal waits for the step to end; the second one, of either kind, does not."""
-        signals.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    training = {name: getattr(config, name) for name in (*TRAINING, "seed")}
+    settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
     try:
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:                           # who asked to ignore it is obeyed
-                signal.signal(number, ask)
-        training = {name: getattr(config, name) for name in (*TRAINING, "seed")}
-        settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         motion = train_motion(models, latents, text, on_step=keep, levels=config.levels or None,
                               **training, **settings)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    motion.source = source
-    motion.save(record.path("motion.safetensors"))
+    except KeyboardInterrupt:
+        if not reached:
+            raise
+        file = save(reached["motion"], f"motion-step{reached['step']}.safetensors")
+        raise UserError(f"stopped after step {reached['step']} of {config.steps}: what was learned is in {file}; "
+                        f"use it with --motion {file}") from None
+    save(motion, "motion.safetensors")
     with atomic_write(record.path("loss.png")) as temporary:
         loss_curve(motion.losses.tolist()).save(temporary)
     return motion
 
 
+def fitted(config, models, motion, grid):
+    """The motion as the run will use it: of --motion, with its settings, or untrained.
+
+    UserError: it does not fit the model, or the steps do not fit the schedule. Better now than after hours.
+    """
+    models.scheduler.timesteps(config.sample_steps, config.t_min)
+    if config.noise_prior > 0:
+        models.scheduler.timesteps(INVERT_STEPS)
+    if motion is None:
+        settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
+        return MotionEmbeddings(models.unet, config.frames, *grid, levels=config.levels or None, **settings)
+    motion.use_mqk, motion.debias, motion.t_min = config.use_mqk, config.debias, config.t_min
+    motion.use_mv = config.use_mv and config.motion_type == "object"        # camera: its size does not matter
+    check_fits(motion, models.unet, config.frames, *grid)
+    return motion.to(models.device)
+
+
 def run(config, motion=None):
     """The main job: train the reference's motion, or take `motion`; sample every prompt; write to --out."""
-    pixels, grid = sizes(config)
-    motion = prepare(config, motion, grid)
+    # ---- load
+    began, trained, (pixels, grid) = time.perf_counter(), motion is None, sizes(config)
+    models = load_models(config.model, config.device, getattr(torch, config.dtype))
+    motion = fitted(config, models, motion, grid)
     if config.video:
         reference = read_video(config.video, config.frames, pixels, config.start, config.duration)
     print(describe(config, motion))
     if config.dry_run:
         return
-
-    # ---- load
-    began = time.perf_counter()
-    models = load_models(config.model, config.device, getattr(torch, config.dtype))
-    # Steps that do not fit the schedule? Now, not after the training.
-    models.scheduler.timesteps(config.sample_steps, motion.t_min)
-    if config.noise_prior > 0:
-        models.scheduler.timesteps(INVERT_STEPS)
     record = Record(config, began)
     record.lap("load")
 
@@ -2242,9 +2222,9 @@ def run(config, motion=None):
     record.lap("encode")
 
     # ---- train
-    trained = not config.motion_file
-    motion = learn(config, models, latents, source_text, record) if trained else motion.to(models.device)
-    motion.use_mv &= config.motion_type == "object"
+    if trained:
+        motion = learn(config, models, latents, source_text, record)
+        motion.use_mv &= config.motion_type == "object"
     record.lap("train")
 
     # ---- invert
@@ -2286,43 +2266,30 @@ def run(config, motion=None):
           f"{out}/sheet.png")
 
 
-class Audience:
-    """A standard stream whose reader may be gone (`| head -1`) or never was (`2>&-`): the work goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        with contextlib.suppress(AttributeError):      # what a console cannot print comes as a substitute
-            self.stream.reconfigure(errors="replace")
-
-    def write(self, words):
-        """As of any stream."""
-        try:
-            self.stream.write(words)
-            self.stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def guarded(job):
     """Runs job(); returns the exit status: 0, or 2 after one line that says what is wrong and what to do."""
-    out, err = Audience(sys.stdout), Audience(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            job()
-            return 0
-        except UserError as error:
-            message = one_line(error)
-        except KeyboardInterrupt:
-            message = "interrupted: run the same command again"
-        except (MemoryError, RuntimeError) as error:
-            if not is_lack_of_memory(error):
-                raise
-            message = ("out of memory: take fewer --frames or a smaller --size, "
-                       "and if it was in training, --checkpointing")
-        print(f"\nerror: {message}", file=err)
+    # A stream can be missing (`2>&-`), and a console may lack a character: it shows a substitute.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", line_buffering=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)             # as Ctrl-C
+    try:
+        job()
+        return 0
+    except UserError as error:
+        message = one_line(error)
+    except KeyboardInterrupt:
+        message = "interrupted: run the same command again"
+    except BrokenPipeError:                                               # such as `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for Python's own last words
+        message = "nobody reads the output any more: let it run to its end, or write it to a file"
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        message = ("out of memory: take fewer --frames or a smaller --size, "
+                   "and if it was in training, --checkpointing")
+    print(f"\nerror: {message}", file=sys.stderr)
     return 2
 
 
