@@ -156,25 +156,27 @@ class MotionEmbeddings(nn.Module):
         self.frames = frames         # None: a file of the authors with all slots in use, see `read_motion`
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
         self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
+        self.losses = []             # of the training, one number per step
         if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2} or not 0 <= t_min < 1:
             raise UserError(f"debias = {debias!r}: diff, mean or none; dims: 1 or 2; t_min {t_min}: 0 to 1")
         if unet is None:
             return
         if not (use_mqk or use_mv):
             raise UserError("neither MQK nor MV is in use: nothing is left to train; leave one of the two in")
-        levels = [max(unet.motion_sites)] if levels is None else sorted(levels)
-        if not levels or not set(levels) <= set(unet.motion_sites):
-            raise UserError(f"levels {levels}: embeddings can only go to some of {sorted(unet.motion_sites)}")
-        for level in levels:
-            grid = level_grid(height, width, level)
-            positions = {1: 1, 2: math.prod(grid)}
-            for block, channels in unet.motion_sites[level].items():
-                self.grids[block] = grid
-                if use_mqk:
-                    self.add(f"{block}.pos_embed", torch.zeros(positions[mqk_dims], frames, channels))
-                if use_mv:
-                    self.add(f"{block}.attn1.vSpatial", torch.zeros(positions[mv_dims], frames, channels))
-                    self.add(f"{block}.attn2.vSpatial", torch.zeros(positions[mv_dims], frames, channels))
+        with_attention = {level for level, _ in unet.motion_sites.values()}
+        levels = {max(with_attention)} if levels is None else set(levels)
+        if not levels or not levels <= with_attention:
+            raise UserError(f"levels {levels}: embeddings can only go to some of {with_attention}")
+        for block, (level, channels) in unet.motion_sites.items():
+            if level not in levels:
+                continue
+            self.grids[block] = level_grid(height, width, level)
+            positions = {1: 1, 2: math.prod(self.grids[block])}
+            if use_mqk:
+                self.add(f"{block}.pos_embed", torch.zeros(positions[mqk_dims], frames, channels))
+            if use_mv:
+                self.add(f"{block}.attn1.vSpatial", torch.zeros(positions[mv_dims], frames, channels))
+                self.add(f"{block}.attn2.vSpatial", torch.zeros(positions[mv_dims], frames, channels))
 
     def add(self, key, value):
         """A parameter of this key, in submodules by the parts of its name, as torch names parameters."""
@@ -260,46 +262,41 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
     # and the embeddings alone learn. AdamW's default decay, which the authors leave active: a step
     # multiplies them by 1 - lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(lr_schedule, steps))
+    shares = {"constant": lambda step: 1.0,                           # of the learning rate
+              "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares[lr_schedule])
     # Gradients in float16 vanish below 6e-8: the scaler multiplies the loss and divides what comes out.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
     # The hybrid loss alone has a helper; it holds the clip's looks while the embeddings learn.
     lora = SpatialLoRA(unet, generator) if loss == "hybrid" else None
     x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
 
-    losses, bar = [], tqdm(range(1, steps + 1), "training", unit="step", disable=not progress)
-    with lora or contextlib.nullcontext():
-        for step in bar:
-            t = torch.randint(math.ceil(motion.t_min * T), T, (batch,), generator=generator)
-            noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
-            # Drawn for mse, too: it and debiased see the same steps and noise (hybrid's LoRA draws more).
-            anchor = torch.randint(frames, (), generator=generator).item()
-            x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
-            if lora:
-                lora.learn(models, x_t, t, text, target, scaler, generator)
-            prediction = predict(models, x_t, t, text, motion.train(), checkpointing)
-            error = motion_loss(loss, prediction, target, anchor)
-            if not error.isfinite():
-                raise UserError(f"a loss is not finite at step {step}: lower --lr ({lr}) or use float32")
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(error).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
+    bar = tqdm(range(1, steps + 1), "training", unit="step", disable=not progress)
+    for step in bar:
+        t = torch.randint(math.ceil(motion.t_min * T), T, (batch,), generator=generator)
+        noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
+        # Drawn for mse, too: it and debiased see the same steps and noise (hybrid's LoRA draws more).
+        anchor = torch.randint(frames, (), generator=generator).item()
+        x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
+        if lora:
+            lora.learn(models, x_t, t, text, target, scaler, generator)
+        prediction = predict(models, x_t, t, text, motion.train(), checkpointing)
+        error = motion_loss(loss, prediction, target, anchor)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(error).backward()
+        if lora:
+            lora.switch(on=False)
+        if not error.isfinite():
+            raise UserError(f"a loss is not finite at step {step}: lower --lr ({lr}) or use float32")
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
 
-            losses.append(error.item())
-            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}")
-            if on_step:
-                on_step(step, motion.eval())
-    motion.losses = torch.tensor(losses)
+        motion.losses.append(error.item())
+        bar.set_postfix(loss=f"{np.mean(motion.losses[-20:]):.4f}")
+        if on_step:
+            on_step(step, motion.eval())
     return motion.eval()
-
-
-def learning_rate(schedule, steps):
-    """The share of the learning rate that a training of `steps` steps takes, as a function of the step."""
-    if schedule not in ("constant", "cosine"):
-        raise UserError(f"lr_schedule = {schedule!r} is not known; it takes constant or cosine")
-    return lambda step: 1.0 if schedule == "constant" else 0.5 + 0.5 * math.cos(math.pi * step / steps)
 
 
 # ============================================================================================================
@@ -455,7 +452,7 @@ class SpatialLoRA(nn.Module):
 
     In 4 of 5 training steps it first learns from one random frame of the clip, seen as a clip of one frame,
     and stays on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
-    need not hold. It is thrown away afterwards: a `with` block switches it off at its end. For a weight
+    need not hold. It is switched off between steps, and thrown away at the end. For a weight
     (c_out, c_in), down (rank, c_in) starts normal with deviation 1 / rank and up (c_out, rank) at zero.
     Source: MotionDirector (arXiv 2310.08465), its rank and learning rate.
     """
@@ -470,12 +467,6 @@ class SpatialLoRA(nn.Module):
         self.up = nn.ParameterList(torch.zeros(weight.shape[0], rank) for weight in self.frozen)
         self.to(unet.conv_in.weight.device)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.switch(on=False)
 
     def switch(self, on):
         """Lends the sum to the layers as their weight, or gives theirs back, the very tensor."""
@@ -573,16 +564,15 @@ class UNet3DConditionModel(nn.Module):
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
-        # level -> {temporal block: its C}, down and up; the authors put nothing into the middle block and
-        # transformer_in
-        self.motion_sites = {level: {} for level in range(n) if downs[level] == WITH_ATTENTION}
+        # temporal block -> its level and C; the authors put nothing into the middle block and transformer_in
+        self.motion_sites = {}
         for name, module in self.named_modules():
             if isinstance(module, TemporalTransformerBlock):
                 module.name = name
                 side, number = name.split(".")[:2]
                 if side in ("down_blocks", "up_blocks"):
                     level = int(number) if side == "down_blocks" else n - 1 - int(number)
-                    self.motion_sites[level][name] = module.norm1.weight.shape[0]
+                    self.motion_sites[name] = level, module.norm1.weight.shape[0]
 
     def forward(self, x, t, text, motion=None, checkpointing=False):
         if motion is not None:
@@ -1058,7 +1048,6 @@ class CLIPTokenizer:
         self.vocab, self.length = {**vocab, **(added or {})}, length
         self.rank = {pair: n for n, pair in enumerate(merges)}  # (left, right) -> priority, 0 is merged first
         self.alphabet = byte_alphabet()
-        self.noticed = set()                                    # prompts of which a cut was already reported
         for token, number in self.vocab.items():
             if not isinstance(number, int) or number < 0:
                 raise UserError(f"tokenizer: {number} cannot be the number of a token, as it is of {token!r}")
@@ -1119,18 +1108,18 @@ class CLIPTokenizer:
                     parts[i:i + 2] = ["".join(pair)]
         return [self.vocab.get(p, self.unk) for p in parts]
 
+    @functools.lru_cache(maxsize=4096)                           # so that its note comes once, too
     def encode(self, prompt):
-        """Token ids of one string, L - 2 at most, without start, end and padding. Says what it cuts off."""
-        ids, cut = [], []
+        """Token ids of one string, L - 2 at most, without start, end and padding. Says if it cuts some off."""
+        ids, most = [], self.length - 2
         for piece in self.special_pattern.split(self.clean(prompt)):
-            for word in [piece] if piece in self.special else self.WORDS.findall(piece):
-                ids += [self.special[word]] if word in self.special else self.bpe(word)
-                cut += [word] if len(ids) > self.length - 2 else []
-        if cut and prompt not in self.noticed:
-            self.noticed.add(prompt)
-            print(f"notice: a prompt has more than the {self.length - 2} tokens that the model reads; "
-                  f"cut off: {textwrap.shorten(' '.join(cut), 300)}")
-        return ids[:self.length - 2]
+            if piece in self.special:
+                ids.append(self.special[piece])
+            else:
+                ids += itertools.chain.from_iterable(map(self.bpe, self.WORDS.findall(piece)))
+        if len(ids) > most:
+            print(f"note: the model reads {most} of the {len(ids)} tokens of {textwrap.shorten(prompt, 70)!r}")
+        return ids[:most]
 
     def __call__(self, prompts):
         """list of B strings -> LongTensor (B, L), padded and truncated to L."""
@@ -1176,16 +1165,14 @@ def block_of(key):
 
 def check_fits(motion, unet, frames=None, height=None, width=None):
     """UserError if embeddings are of another UNet or, if given, cannot be brought to F and latents (H, W)."""
-    widths = {block: width for sites in unet.motion_sites.values() for block, width in sites.items()}
     for key, m in motion.named_parameters():
-        wanted = widths.get(block_of(key), "no place")
-        if m.shape[-1] != wanted:
+        block = block_of(key)
+        level, channels = unet.motion_sites.get(block, (0, "no place"))
+        if m.shape[-1] != channels:
             raise UserError("these motion embeddings do not fit the model, use the one they were made with: "
-                            f"{block_of(key)} has width {m.shape[-1]} in the file, {wanted} in the model")
-    for level, sites in unet.motion_sites.items() if frames else ():
-        grid = level_grid(height, width, level)
-        for block in sites:
-            motion.at(block, "attn1", grid, torch.empty(1, math.prod(grid), frames, 1))
+                            f"{block} has width {m.shape[-1]} in the file, {channels} in the model")
+        for which in ("attn1", "attn2") if frames else ():
+            motion.at(block, which, level_grid(height, width, level), torch.empty(1, 1, frames, 1))
 
 
 def read_motion(path):
@@ -1196,12 +1183,10 @@ def read_motion(path):
     """
     ours = Path(path).suffix == ".safetensors"
     tensors, metadata = read_safetensors(path) if ours else (load_tensors(path), {})
-    with built_from(path, "has settings that cannot be read"):
-        if not tensors:
-            raise UserError("not a motion file: it is empty")
+    with built_from(path, "has settings or tensors that cannot be read"):
         about = json.loads(metadata.get("mini_mi", "{}"))                            # the authors say nothing
-        frames = about.get("frames")
-        if not about or about.get("fixed_slots"):             # the first edition marked what the authors made
+        frames, grids = about.get("frames"), about.get("grids", {})
+        if not about:
             used = torch.cat([m.float().abs().amax((0, 2)).nonzero().flatten() for m in tensors.values()])
             slots = max(m.shape[1] for m in tensors.values())
             frames = int(used.max()) + 1 if len(used) and used.max() + 1 < slots else None
@@ -1212,10 +1197,10 @@ def read_motion(path):
         motion = MotionEmbeddings(None, frames, **settings)
         motion.source = dict(about.get("source", {}))
         for key, m in tensors.items():
-            grid = about.get("grids", {}).get(block_of(key))
-            motion.grids[block_of(key)] = grid = grid and tuple(grid)
-            if (m.dim() != 3 or len(m) not in (1, math.prod(grid) if grid else len(m))
-                    or frames not in (None, m.shape[1])):
+            grid = grids.get(block_of(key))
+            motion.grids[block_of(key)] = tuple(grid) if grid else None
+            positions = (1, math.prod(grid)) if grid else (len(m),)
+            if m.dim() != 3 or len(m) not in positions or frames not in (None, m.shape[1]):
                 raise UserError(f"{key} has the shape {tuple(m.shape)}, which does not fit "
                                 f"{frames or 'any number of'} frames on the grid {grid}")
             if not m.isfinite().all():
@@ -1794,16 +1779,14 @@ def write_video(path, frames, fps):
                        optimize=False, lossless=True, quality=50)        # quality: WebP's effort
 
 
-# ---- Pictures: labelled frames and the loss curve, drawn with PIL alone
-
-INK, GREY, PALE, BLUE, SKY = "#20242c", "#858c97", "#e6e8ec", "#1f5fbf", "#b9d0f0"
+# ---- Pictures: frames under their labels
 
 
 def caption(label, width, lines):
     """(18*lines+6, width, 3) uint8: `label` on white, wrapped, ending in "..." where it needs more lines."""
     font, strip = ImageFont.load_default(14), Image.new("RGB", (width, 18 * lines + 6), "white")
     wrapped = textwrap.fill(label, int(width / font.getlength("n")), max_lines=lines, placeholder="...")
-    ImageDraw.Draw(strip).multiline_text((4, 2), wrapped, INK, font, spacing=4)
+    ImageDraw.Draw(strip).multiline_text((4, 2), wrapped, "black", font, spacing=4)
     return np.asarray(strip)
 
 
@@ -1831,27 +1814,6 @@ def contact_sheet(rows):
                        constant_values=255)
         strips += [caption(label, 8 * tiles.shape[2], 1), np.hstack(tiles)]
     return Image.fromarray(np.vstack(strips))
-
-
-def loss_curve(losses):
-    """PIL image, 900x480: the loss of each training step as a pale dot, its moving average as a line."""
-    losses = np.asarray(losses, dtype=float)
-    window, top = np.ones(max(1, len(losses) // 12)), max(1.05 * losses.max(), 1e-9)
-    # The division makes averages of the shorter windows at both ends, too.
-    mean = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
-    # PIL antialiases no lines: drawn at twice the size, and reduced.
-    image, font = Image.new("RGB", (1800, 960), "white"), ImageFont.load_default(28)
-    draw, x = ImageDraw.Draw(image), np.linspace(160, 1752, len(losses))
-    for share in (0, 0.5, 1):                                          # of both axes: a line and two numbers
-        y = 840 - 752 * share
-        draw.line((160, y, 1752, y), PALE, 2)
-        draw.text((144, y), f"{share * top:.3g}", GREY, font, anchor="rm")
-        draw.text((160 + 1592 * share, 860), f"{1 + share * (len(losses) - 1):.0f}", GREY, font, anchor="mt")
-    for column, row in zip(x, 840 - 752 * losses / top):
-        draw.ellipse((column - 5, row - 5, column + 5, row + 5), SKY)
-    draw.line([*zip(x, 840 - 752 * mean / top)], BLUE, 6, joint="curve")
-    draw.text((160, 28), f"loss by training step (line: mean of {len(window)} steps)", INK, font)
-    return image.resize((900, 480), Image.Resampling.LANCZOS)
 
 
 # ============================================================================================================
@@ -2094,57 +2056,45 @@ def sizes(config):
 
 
 def describe(config, motion):
-    """What a run will do, as lines."""
-    how = f"reuse {config.motion_file}" if config.motion_file else (
-        f"train {config.steps} steps of {config.batch}, lr {config.lr} {config.lr_schedule}, "
-        f"loss {config.loss}")
-    return "\n".join([
-        f"model      {config.model} on {config.device}, {config.dtype}",
-        f"reference  {config.video or 'none'}: {config.source_prompt or 'no caption'}",
-        f"clips      {config.frames} frames of {config.size}, {config.fps:g} per second",
-        f"motion     {how}; {sum(p.numel() for p in motion.parameters()):,} embedding parameters, "
-        f"MQK {'on' if motion.use_mqk else 'off'}, MV {'on' if motion.use_mv else 'off'}, "
-        f"debias {motion.debias}, used at t >= {motion.t_min} T",
-        f"sampling   {config.sample_steps} DDIM steps, guidance {config.guidance}, noise prior "
-        f"{config.noise_prior}, seeds {config.seed} to {config.seed + config.seeds - 1}",
-        *(f"prompt     {prompt}" for prompt in config.prompts)])
+    """All settings of a run, a line for each group of --help."""
+    lines = {}
+    for f in dataclasses.fields(config):
+        lines.setdefault(f.metadata["group"], []).append(f"{f.name} {getattr(config, f.name)}")
+    count = sum(p.numel() for p in motion.parameters())
+    return "\n".join([*(f"{group:10} {', '.join(said)}" for group, said in lines.items()),
+                      f"{'embeddings':10} {count:,} parameters"])
 
 
 class Record:
     """The folder of one run, and its run.json: settings, files, seconds by part of the run."""
 
-    def __init__(self, config, began):
-        self.facts, self.files, self.seconds = {"config": dataclasses.asdict(config)}, [], {}
-        self.began, asked = began, Path(absolute(config.out))
-        self.folder, number = asked, 1
-        while (self.folder / "run.json").exists():              # a folder that holds a run is left as it is
+    def __init__(self, config):
+        self.config, self.seconds, self.last = dataclasses.asdict(config), {}, time.perf_counter()
+        self.folder, number = Path(absolute(config.out)), 1
+        while self.folder.is_dir() and os.listdir(self.folder):         # what holds a run is left as it is
             number += 1
-            self.folder = asked.with_name(f"{asked.name}-{number}")
+            self.folder = Path(f"{absolute(config.out)}-{number}")
         if number > 1:
-            print(f"{config.out} holds a run: this one goes to {self.folder.name}")
+            print(f"{config.out} is not empty: this run goes to {self.folder.name}")
         self.write()                                            # a place that cannot be written shows now
-
-    def path(self, name):
-        """The path of a new result."""
-        self.files.append(name)
-        return self.folder / name
 
     def lap(self, part):
         """Adds the seconds since the last call to a part of the run."""
         now = time.perf_counter()
-        self.seconds[part] = round(self.seconds.get(part, 0) + now - self.began, 2)
-        self.began = now
+        self.seconds[part] = round(self.seconds.get(part, 0) + now - self.last, 2)
+        self.last = now
 
     def write(self, **facts):
         """run.json, with more facts at the end of the run."""
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        whole = dict(self.facts, **facts, seconds=self.seconds, files=sorted(self.files), versions=versions)
         with atomic_write(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(whole, indent=1))
+            files = sorted(file.name for file in self.folder.glob("[!.]*"))
+            temporary.write_text(json.dumps(dict(facts, config=self.config, seconds=self.seconds, files=files,
+                                                 versions=versions), indent=1))
 
 
 def learn(config, models, latents, text, record):
-    """Trains the motion of `latents` (1,C,F,H,W) and saves it, its snapshots and its losses; returns it.
+    """Trains the motion of `latents` (1,C,F,H,W) and saves it and its snapshots; returns it.
 
     Ctrl-C and SIGTERM, which `guarded` makes alike, end the training with what it has learned so far.
     """
@@ -2152,19 +2102,14 @@ def learn(config, models, latents, text, record):
                   size=config.size, start=config.start, duration=config.duration, model=config.model)
     if local_folder(config.model) == Path(config.model):                # no name: a folder wherever we are
         source["model"] = absolute(config.model)
-    reached = {}                                                        # the last step and the motion then
-
-    def save(motion, name):
-        """Writes the motion; returns its path."""
-        motion.source, file = source, record.path(name)
-        motion.save(file)
-        return file
+    reached = {}
 
     def keep(step, motion):
-        """Keeps a snapshot where one was asked for."""
-        reached.update(step=step, motion=motion)
+        """Remembers where the training is; keeps a snapshot where one was asked for."""
+        motion.source = source
+        reached.update(step=step, motion=motion, file=record.folder / f"motion-step{step}.safetensors")
         if step in config.snapshots:
-            save(motion, f"motion-step{step}.safetensors")
+            motion.save(reached["file"])
 
     training = {name: getattr(config, name) for name in (*TRAINING, "seed")}
     settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
@@ -2174,12 +2119,10 @@ def learn(config, models, latents, text, record):
     except KeyboardInterrupt:
         if not reached:
             raise
-        file = save(reached["motion"], f"motion-step{reached['step']}.safetensors")
-        raise UserError(f"stopped after step {reached['step']} of {config.steps}: what was learned is in {file}; "
-                        f"use it with --motion {file}") from None
-    save(motion, "motion.safetensors")
-    with atomic_write(record.path("loss.png")) as temporary:
-        loss_curve(motion.losses.tolist()).save(temporary)
+        reached["motion"].save(reached["file"])
+        raise UserError("stopped after step {step} of {0}: what was learned is in {file}; use it with "
+                        "--motion {file}".format(config.steps, **reached)) from None
+    motion.save(record.folder / "motion.safetensors")
     return motion
 
 
@@ -2202,8 +2145,8 @@ def fitted(config, models, motion, grid):
 
 def run(config, motion=None):
     """The main job: train the reference's motion, or take `motion`; sample every prompt; write to --out."""
-    # ---- load
-    began, trained, (pixels, grid) = time.perf_counter(), motion is None, sizes(config)
+    # ---- load, and find out what does not fit
+    trained, (pixels, grid) = motion is None, sizes(config)
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
     motion = fitted(config, models, motion, grid)
     if config.video:
@@ -2211,8 +2154,7 @@ def run(config, motion=None):
     print(describe(config, motion))
     if config.dry_run:
         return
-    record = Record(config, began)
-    record.lap("load")
+    record = Record(config)
 
     # ---- encode. All randomness comes from seeds, so equal settings repeat the same frames.
     source_text, empty, negative, *texts = (encode_prompt(models, [prompt]) for prompt in (
@@ -2249,17 +2191,17 @@ def run(config, motion=None):
             record.lap("sample")
             name = re.sub(r"[^a-z0-9]+", "-", f"{number} {prompt}".lower())[:62].strip("-")
             name += f"-seed{seed}" * (config.seeds > 1)
-            write_video(record.path(f"{name}.{config.format}"), clips[0][1], config.fps)
+            write_video(record.folder / f"{name}.{config.format}", clips[0][1], config.fps)
             labels, videos = zip(*shown, *clips)
-            write_video(record.path(f"{name}-compare.{config.format}"), side_by_side(videos, labels),
+            write_video(record.folder / f"{name}-compare.{config.format}", side_by_side(videos, labels),
                         config.fps)
             rows += clips
             record.lap("write")
-    with atomic_write(record.path("sheet.png")) as temporary:
+    with atomic_write(record.folder / "sheet.png") as temporary:
         contact_sheet(rows).save(temporary)
     record.lap("write")
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
-    record.write(losses=motion.losses.tolist() if trained else None, invert_steps=INVERT_STEPS,
+    record.write(losses=motion.losses if trained else None, invert_steps=INVERT_STEPS,
                  peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()))
     out = min(str(record.folder), os.path.relpath(record.folder), key=len)
     print(f"done in {sum(record.seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, "

@@ -85,6 +85,7 @@ STAGES = {
 }
 POOLS = 10             # each model's pools of clips have ten seeds of their own
 LINEAR = 0.05          # weight of 1 - R2 in the autoencoder's loss, see linear_fit
+INK, GREY, PALE, BLUE, SKY = "#20242c", "#858c97", "#e6e8ec", "#1f5fbf", "#b9d0f0"     # of the curves
 SAVE_EVERY = 30        # seconds between two states of a stage
 EMPTY = 0.1            # share of empty captions: guidance and the empty-prompt inversion need them
 
@@ -455,7 +456,7 @@ def draw_curves(work, file=HERE / "curves.png"):
     draw, font, bold = ImageDraw.Draw(image), *(ImageFont.load_default(size * zoom) for size in (12, 14))
     for column, (stage, (entries, minutes)) in enumerate(logs.items()):
         title = f"{stage}: {minutes:.0f} min"
-        draw.text(((width * column + 56) * zoom, 8 * zoom), title, mini_mi.INK, bold)
+        draw.text(((width * column + 56) * zoom, 8 * zoom), title, INK, bold)
         for row, name in enumerate([key for key in entries[0] if key not in ("step", "time")][:2]):
             corner = ((width * column + 56) * zoom, (28 + height * row + 26) * zoom)
             curve(draw, font, zoom, corner, (width - 76, height - 58), entries, name)
@@ -495,17 +496,17 @@ def curve(draw, font, zoom, corner, size, entries, name):
         ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
     for tick in ticks:
         y = place(0, scale(tick))[1]
-        draw.line((left, y, left + width, y), mini_mi.PALE, zoom)
-        draw.text((left - 6 * zoom, y), f"{tick:.3g}", mini_mi.GREY, font, anchor="rm")
+        draw.line((left, y, left + width, y), PALE, zoom)
+        draw.text((left - 6 * zoom, y), f"{tick:.3g}", GREY, font, anchor="rm")
     for tick in (0, steps[-1]):
         x = place(tick, low)[0]
-        draw.text((x, top + height + 5 * zoom), f"{tick:,.0f}", mini_mi.GREY, font, anchor="mt")
-    draw.line((left, top + height, left + width, top + height), mini_mi.GREY, zoom)
+        draw.text((x, top + height + 5 * zoom), f"{tick:,.0f}", GREY, font, anchor="mt")
+    draw.line((left, top + height, left + width, top + height), GREY, zoom)
     for x, y in map(place, steps, heights):
-        draw.ellipse((x - 2 * zoom, y - 2 * zoom, x + 2 * zoom, y + 2 * zoom), mini_mi.SKY)
-    draw.line(list(map(place, steps, mean)), mini_mi.BLUE, 2 * zoom, joint="curve")
+        draw.ellipse((x - 2 * zoom, y - 2 * zoom, x + 2 * zoom, y + 2 * zoom), SKY)
+    draw.line(list(map(place, steps, mean)), BLUE, 2 * zoom, joint="curve")
     units = {"psnr": "PSNR, dB", "mse": "error without weights"}
-    draw.text((left, top - 18 * zoom), units.get(name, name), mini_mi.INK, font)
+    draw.text((left, top - 18 * zoom), units.get(name, name), INK, font)
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ replaced by one that does nothing.
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_training(far, calls, loss, checkpointing, prediction):
     motion = mini_mi.train_motion(far, latents, text, steps=2, batch=2, loss=loss,
                                   checkpointing=checkpointing, progress=False,
                                   on_step=lambda step, motion: shown.append(step))
-    assert shown == [1, 2] and motion.losses.shape == (2,)
+    assert shown == [1, 2] and len(motion.losses) == 2
     assert {(p.device.type, p.dtype) for p in motion.parameters()} == {("meta", torch.float32)}
     assert set(calls) == {("meta", torch.float16)}
     assert len(calls) > 2 if loss == "hybrid" else len(calls) == 2         # its LoRA has steps of its own
@@ -129,4 +130,4 @@ def test_on_a_gpu(tiny_random, models, dtype, tolerance):
     for checkpointing in (False, True):
         learned = mini_mi.train_motion(there, x.cuda(), text.cuda(), steps=3, checkpointing=checkpointing,
                                        loss="hybrid", progress=False)
-        assert learned.losses.isfinite().all() and all(p.is_cuda and p.any() for p in learned.parameters())
+        assert all(map(math.isfinite, learned.losses)) and all(p.is_cuda and p.any() for p in learned.parameters())

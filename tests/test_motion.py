@@ -274,7 +274,7 @@ def test_levels():
         plain = both(x, t, text)
         for levels in ([0], [1], [0, 1], None):
             assert relative(both(x, t, text, make(3, 5, 7, BOTH, levels=levels)), plain) > 1e-3
-    assert make(3, 4, 4, BOTH).grids == {name: (2, 2) for name in both.motion_sites[1]}
+    assert make(3, 4, 4, BOTH).grids == {name: (2, 2) for name, (level, _) in both.motion_sites.items() if level == 1}
     for levels in ([2], [-1], [], [0, 5]):
         with pytest.raises(mini_mi.UserError, match="levels"):
             mini_mi.MotionEmbeddings(hollow(BOTH), 3, 4, 4, levels=levels)
@@ -349,18 +349,6 @@ def test_the_authors_file_does_not_know_its_grid(unet, tmp_path):
     x, t, text = inputs(height=4, width=6)
     with pytest.raises(mini_mi.UserError, match="16 positions"):
         unet(x, t, text, again)
-
-
-def test_slots_in_a_file_of_the_first_edition(tmp_path):
-    """It marked what came from the authors, and named their 32 slots as the number of frames."""
-    key = "down_blocks.0.temp_attentions.0.transformer_blocks.0"
-    m = torch.arange(32.0).view(1, 32, 1).expand(1, 32, 8)
-    about = {"frames": 32, "fixed_slots": True, "grids": {key: [4, 4]}}
-    mini_mi.save_safetensors(tmp_path / "old.safetensors", {f"{key}.pos_embed": m.contiguous()},
-                             {"mini_mi": json.dumps(about)})
-    motion = mini_mi.MotionEmbeddings.load(tmp_path / "old.safetensors")
-    assert motion.frames is None
-    assert torch.equal(parts_at(motion, key, "attn1", 5, (4, 4))[0], m[:, :5])
 
 
 def test_files_that_are_no_motion_are_refused(unet, tmp_path):

@@ -51,7 +51,7 @@ def test_training_lowers_the_loss(models, clip):
     models.unet.requires_grad_(True)                              # whatever the caller left
     motion = mini_mi.train_motion(models, latents, text, steps=40, **ARGS)
     assert not any(p.requires_grad for p in models.unet.parameters())
-    assert not motion.training and motion.losses.shape == (40,)
+    assert not motion.training and len(motion.losses) == 40
     assert loss(motion.train()) < 0.93 * loss(None)  # random weights leave little to gain
     assert all(torch.equal(value, before[key]) for key, value in models.unet.state_dict().items())
     assert all(p.grad is None for p in models.unet.parameters())
@@ -79,7 +79,7 @@ def test_the_first_losses_by_hand(models, clip):
     noise = torch.randn(latents.shape[1:], generator=generator)[None]
     abar = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2, 0)[t]
     out = models.unet(abar.sqrt() * latents + (1 - abar).sqrt() * noise, t, text)
-    assert losses[0].item() == pytest.approx((out - noise).square().mean().item(), rel=1e-4)
+    assert losses[0] == pytest.approx((out - noise).square().mean().item(), rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_result(models, clip):
@@ -242,7 +242,7 @@ def test_bfloat16_runs(tiny_random, clip):
     latents, text = clip
     half = mini_mi.load_models(tiny_random, dtype=torch.bfloat16)
     motion = mini_mi.train_motion(half, latents, text, steps=3, **ARGS)
-    assert {p.dtype for p in motion.parameters()} == {torch.float32} and motion.losses.isfinite().all()
+    assert {p.dtype for p in motion.parameters()} == {torch.float32} and np.isfinite(motion.losses).all()
     out = mini_mi.sample(half, latents, text, 0 * text, steps=2, guidance=3, motion=motion, progress=False)
     assert out.dtype == torch.float32 and out.isfinite().all()
     full = mini_mi.sample(mini_mi.load_models(tiny_random), latents, text, 0 * text, 2, 3, motion,

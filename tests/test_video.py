@@ -676,18 +676,3 @@ def test_side_by_side_keeps_frames_and_can_be_written(tmp_path):
     mini_mi.write_video(tmp_path / "x.gif", frames, 8)
     large = np.zeros((2, 320, 576, 3), np.uint8)
     assert mini_mi.side_by_side([large], ["large"]).shape == (2, 380, 582, 3)  # not enlarged
-
-
-@pytest.mark.parametrize("losses", [[0.3], [0.3, 0.2], [0.0] * 3, [1e-6, 2e-6], list(range(5000, 0, -1))])
-def test_loss_curve_draws_any_history(losses):
-    picture = np.asarray(mini_mi.loss_curve(losses))
-    assert picture.shape == (480, 900, 3)
-    blue = (picture[..., 2].astype(int) - picture[..., 0]) > 40
-    assert blue.any()
-
-
-def test_loss_curve_falls_where_the_losses_fall():
-    picture = np.asarray(mini_mi.loss_curve(np.linspace(1, 0.1, 200))).astype(int)
-    line = (picture[..., 2] - picture[..., 0]) > 120
-    rows = [np.flatnonzero(line[:, column]).mean() for column in (150, 450, 800)]
-    assert rows[0] < rows[1] < rows[2]
