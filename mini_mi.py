@@ -717,16 +717,6 @@ class Upsample2D(nn.Module):
         return self.conv(nnf.interpolate(x, size or [2 * side for side in x.shape[-2:]], mode="nearest"))
 
 
-class TemporalConv(nn.Conv3d):
-    """A (3,1,1) convolution: three neighbouring frames, one position. (B,C,F,H*W) -> (B,C_out,F,H*W).
-
-    Computed as a (3,1) convolution over the plane (F, H*W): the same sums, by the kernels for pictures.
-    """
-
-    def forward(self, x):
-        return nnf.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
-
-
 class TemporalConvLayer(nn.Module):
     """Four times norm, SiLU, temporal convolution; plus the input. (B*F,C,H,W) -> the same.
 
@@ -735,18 +725,20 @@ class TemporalConvLayer(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        # conv2 to conv4 were trained with a dropout at place 2; it has to stay, since the keys count it.
+        # conv2 to conv4 were trained with a dropout at place 2; something has to stay, the keys count it.
         for n in range(1, 5):
             self.add_module(f"conv{n}", nn.Sequential(
-                nn.GroupNorm(groups, channels), nn.SiLU(), *([nn.Dropout(0.1)] if n > 1 else []),
-                TemporalConv(channels, channels, (3, 1, 1), padding=(1, 0, 0))))
+                nn.GroupNorm(groups, channels), nn.SiLU(), *([nn.Identity()] if n > 1 else []),
+                nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))))
         # A layer that starts as the identity lets a video model begin as the picture model that it was.
         nn.init.zeros_(self.conv4[-1].weight)
         nn.init.zeros_(self.conv4[-1].bias)
 
     def forward(self, x, frames):
         plane = to_plane(x, frames)
-        plane = self.conv4(self.conv3(self.conv2(self.conv1(plane))))
+        for norm, silu, *_, conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            # Three neighbouring frames of one position: in the plane (F, H*W) a convolution for pictures.
+            plane = nnf.conv2d(silu(norm(plane)), conv.weight.squeeze(-1), conv.bias, padding=(1, 0))
         return x + plane.transpose(1, 2).reshape(x.shape)
 
 
@@ -2065,35 +2057,26 @@ def describe(config, motion):
                       f"{'embeddings':10} {count:,} parameters"])
 
 
-class Record:
-    """The folder of one run, and its run.json: settings, files, seconds by part of the run."""
-
-    def __init__(self, config):
-        self.config, self.seconds, self.last = dataclasses.asdict(config), {}, time.perf_counter()
-        self.folder, number = Path(absolute(config.out)), 1
-        while self.folder.is_dir() and os.listdir(self.folder):         # what holds a run is left as it is
-            number += 1
-            self.folder = Path(f"{absolute(config.out)}-{number}")
-        if number > 1:
-            print(f"{config.out} is not empty: this run goes to {self.folder.name}")
-        self.write()                                            # a place that cannot be written shows now
-
-    def lap(self, part):
-        """Adds the seconds since the last call to a part of the run."""
-        now = time.perf_counter()
-        self.seconds[part] = round(self.seconds.get(part, 0) + now - self.last, 2)
-        self.last = now
-
-    def write(self, **facts):
-        """run.json, with more facts at the end of the run."""
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        with atomic_write(self.folder / "run.json") as temporary:
-            files = sorted(file.name for file in self.folder.glob("[!.]*"))
-            temporary.write_text(json.dumps(dict(facts, config=self.config, seconds=self.seconds, files=files,
-                                                 versions=versions), indent=1))
+def new_folder(out):
+    """The folder `out`, made if need be, or out-2, out-3, ...: one that holds files is left as it is."""
+    folder, number = Path(absolute(out)), 1
+    while folder.is_dir() and os.listdir(folder):
+        number += 1
+        folder = Path(f"{absolute(out)}-{number}")
+    if number > 1:
+        print(f"{out} is not empty: this run goes to {folder.name}")
+    return folder
 
 
-def learn(config, models, latents, text, record):
+def write_record(folder, config, **facts):
+    """run.json: settings and versions when a run begins, the rest when it ends."""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    with atomic_write(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(dict(facts, config=dataclasses.asdict(config), versions=versions),
+                                        indent=1))
+
+
+def learn(config, models, latents, text, folder):
     """Trains the motion of `latents` (1,C,F,H,W) and saves it and its snapshots; returns it.
 
     Ctrl-C and SIGTERM, which `guarded` makes alike, end the training with what it has learned so far.
@@ -2107,7 +2090,7 @@ def learn(config, models, latents, text, record):
     def keep(step, motion):
         """Remembers where the training is; keeps a snapshot where one was asked for."""
         motion.source = source
-        reached.update(step=step, motion=motion, file=record.folder / f"motion-step{step}.safetensors")
+        reached.update(step=step, motion=motion, file=folder / f"motion-step{step}.safetensors")
         if step in config.snapshots:
             motion.save(reached["file"])
 
@@ -2122,7 +2105,7 @@ def learn(config, models, latents, text, record):
         reached["motion"].save(reached["file"])
         raise UserError("stopped after step {step} of {0}: what was learned is in {file}; use it with "
                         "--motion {file}".format(config.steps, **reached)) from None
-    motion.save(record.folder / "motion.safetensors")
+    motion.save(folder / "motion.safetensors")
     return motion
 
 
@@ -2146,7 +2129,7 @@ def fitted(config, models, motion, grid):
 def run(config, motion=None):
     """The main job: train the reference's motion, or take `motion`; sample every prompt; write to --out."""
     # ---- load, and find out what does not fit
-    trained, (pixels, grid) = motion is None, sizes(config)
+    began, trained, (pixels, grid) = time.perf_counter(), motion is None, sizes(config)
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
     motion = fitted(config, models, motion, grid)
     if config.video:
@@ -2154,25 +2137,23 @@ def run(config, motion=None):
     print(describe(config, motion))
     if config.dry_run:
         return
-    record = Record(config)
+    folder = new_folder(config.out)
+    write_record(folder, config)                              # a place that cannot be written shows now
 
     # ---- encode. All randomness comes from seeds, so equal settings repeat the same frames.
     source_text, empty, negative, *texts = (encode_prompt(models, [prompt]) for prompt in (
         config.source_prompt or "", "", config.negative_prompt, *config.prompts))
     if not config.motion_file or config.noise_prior > 0:   # one draw for every seed: --seeds and --seed agree
         latents = encode_video(models, to_model_range(reference), torch.Generator().manual_seed(1_000_000))
-    record.lap("encode")
 
     # ---- train
     if trained:
-        motion = learn(config, models, latents, source_text, record)
+        motion = learn(config, models, latents, source_text, folder)
         motion.use_mv &= config.motion_type == "object"
-    record.lap("train")
 
     # ---- invert
     if config.noise_prior > 0:
         inverted = ddim_invert(models, latents, empty, INVERT_STEPS)
-    record.lap("invert")
 
     # ---- sample and write
     shown = [("reference", reference)] if config.video else []
@@ -2188,24 +2169,21 @@ def run(config, motion=None):
             for label, learned in [(title, motion), ("same seed, no embeddings", None)][:1 + config.compare]:
                 latent = sample(models, noise, text, negative, config.sample_steps, config.guidance, learned)
                 clips.append((label, to_uint8(decode_video(models, latent)[0])))
-            record.lap("sample")
             name = re.sub(r"[^a-z0-9]+", "-", f"{number} {prompt}".lower())[:62].strip("-")
             name += f"-seed{seed}" * (config.seeds > 1)
-            write_video(record.folder / f"{name}.{config.format}", clips[0][1], config.fps)
+            write_video(folder / f"{name}.{config.format}", clips[0][1], config.fps)
             labels, videos = zip(*shown, *clips)
-            write_video(record.folder / f"{name}-compare.{config.format}", side_by_side(videos, labels),
+            write_video(folder / f"{name}-compare.{config.format}", side_by_side(videos, labels),
                         config.fps)
             rows += clips
-            record.lap("write")
-    with atomic_write(record.folder / "sheet.png") as temporary:
+    with atomic_write(folder / "sheet.png") as temporary:
         contact_sheet(rows).save(temporary)
-    record.lap("write")
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
-    record.write(losses=motion.losses if trained else None, invert_steps=INVERT_STEPS,
-                 peak_cuda_bytes=peak, embedding_parameters=sum(p.numel() for p in motion.parameters()))
-    out = min(str(record.folder), os.path.relpath(record.folder), key=len)
-    print(f"done in {sum(record.seconds.values()):.0f} s: look at {out}/*-compare.{config.format}, "
-          f"{out}/sheet.png")
+    seconds = round(time.perf_counter() - began, 2)
+    write_record(folder, config, seconds=seconds, peak_cuda_bytes=peak, invert_steps=INVERT_STEPS,
+                 losses=motion.losses, embedding_parameters=sum(p.numel() for p in motion.parameters()))
+    out = min(str(folder), os.path.relpath(folder), key=len)
+    print(f"done in {seconds:.0f} s: look at {out}/*-compare.{config.format}, {out}/sheet.png")
 
 
 def guarded(job):

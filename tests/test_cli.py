@@ -77,7 +77,7 @@ def test_files_of_a_run(start, capsys):
     assert config["prompts"] == ["a green circle", "a blue/white Square!?"] and config["snapshots"] == [1, 2]
     assert len(record["losses"]) == 2 and all(loss > 0 for loss in record["losses"])
     assert record["versions"]["torch"] == torch.__version__ and record["versions"]["python"]
-    assert {"train", "invert", "sample"} <= record["seconds"].keys()
+    assert record["seconds"] > 0 and record["invert_steps"] == 50
     tensors = safetensors.torch.load_file(out / "motion.safetensors")
     assert record["embedding_parameters"] == sum(v.numel() for v in tensors.values())
     assert mini_mi.MotionEmbeddings.load(out / "motion.safetensors").source["prompt"] == "a red star"
