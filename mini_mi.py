@@ -82,9 +82,9 @@ class UserError(ValueError):
 #                          ZeroScope that is 55 million numbers, many more than the clip's latents have: it
 #                          could hold the clip's looks, too.
 #
-#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, in LEARN IT), and
-#   looks help it, too. So MV is debiased at inference: what does not change from frame to frame is appearance
-#   and not motion; all frames but the first keep only the change (Eq. 5: `debias`).
+#   They are trained so that the frozen model denoises the clip well (Eq. 4: `train_motion`, in LEARN IT). The
+#   clip's looks help with that, too, so MV learns some of them. What does not change from frame to frame is
+#   looks, not motion: at inference all frames of MV but the first keep only the change (Eq. 5: `debias`).
 # ============================================================================================================
 
 def debias(m_v, mode):
@@ -221,6 +221,11 @@ class MotionEmbeddings(nn.Module):
 #   LEARN IT: one clip's motion into the embeddings (Eq. 4)
 # ============================================================================================================
 
+def predict(models, x, t, text, motion=None, checkpointing=False):
+    """The UNet's answer in float32, whatever the format of its weights."""
+    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion, checkpointing).float()
+
+
 def motion_loss(kind, prediction, target, anchor):
     """The training loss, 0-d, from prediction and target (B,C,F,H,W) and the number of an anchor frame.
 
@@ -279,7 +284,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
         anchor = torch.randint(frames, (), generator=generator).item()
         x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
         if lora:
-            lora.learn(models, x_t, t, text, target, scaler, generator)
+            lora.step(models, x_t, t, text, target, scaler, generator)
         prediction = predict(models, x_t, t, text, motion.train(), checkpointing)
         error = motion_loss(loss, prediction, target, anchor)
         optimizer.zero_grad(set_to_none=True)
@@ -459,8 +464,8 @@ class SpatialLoRA(nn.Module):
 
     def __init__(self, unet, generator, rank=32, lr=5e-4):
         super().__init__()
-        transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
-        self.layers = [layer for m in transformers for layer in m.modules() if isinstance(layer, nn.Linear)]
+        spatial = [module for module in unet.modules() if isinstance(module, Transformer2DModel)]
+        self.layers = [layer for each in spatial for layer in each.modules() if isinstance(layer, nn.Linear)]
         self.frozen = [layer.weight for layer in self.layers]
         self.down = nn.ParameterList(torch.randn(rank, weight.shape[1], generator=generator) / rank
                                      for weight in self.frozen)
@@ -473,7 +478,7 @@ class SpatialLoRA(nn.Module):
         for layer, weight, up, down in zip(self.layers, self.frozen, self.up, self.down):
             layer._parameters["weight"] = weight + (up @ down).to(weight.dtype) if on else weight
 
-    def learn(self, models, x_t, t, text, target, scaler, generator):
+    def step(self, models, x_t, t, text, target, scaler, generator):
         """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else is off."""
         on = torch.rand((), generator=generator).item() < 0.8
         frame = torch.randint(x_t.shape[2], (), generator=generator).item()
@@ -495,11 +500,6 @@ class SpatialLoRA(nn.Module):
 
 # The kinds of levels, by the names that config.json has for them: with transformers, and convolutions alone.
 WITH_ATTENTION, PLAIN = "CrossAttnDownBlock3D", "DownBlock3D"
-
-
-def predict(models, x, t, text, motion=None, checkpointing=False):
-    """The UNet's answer in float32, whatever the format of its weights."""
-    return models.unet(x.to(models.dtype), t, text.to(models.dtype), motion, checkpointing).float()
 
 
 class UNet3DConditionModel(nn.Module):
@@ -819,8 +819,8 @@ class Attention(nn.Module):
 
     def forward(self, q_in, k_in, v_in):
         # The fused kernels take one batch axis, so (B, H*W, F, C) is B*H*W sequences to them.
-        q, k, v = (f(x).flatten(0, -3).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for f, x in ((self.to_q, q_in), (self.to_k, k_in), (self.to_v, v_in)))
+        q, k, v = (linear(x).flatten(0, -3).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for linear, x in ((self.to_q, q_in), (self.to_k, k_in), (self.to_v, v_in)))
         # softmax(q k^T / sqrt(head_dim)) v: (N, heads, queries, head_dim)
         x = nnf.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](x.transpose(1, 2).flatten(2)).unflatten(0, q_in.shape[:-2])
@@ -968,8 +968,8 @@ class CLIPEncoderLayer(nn.Module):
 
     def forward(self, x):
         normed, attention = self.layer_norm1(x), self.self_attn
-        q, k, v = (f(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (linear(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
         seen = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)       # (B, heads, L, D/heads)
         x = x + attention.out_proj(seen.transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
@@ -1102,7 +1102,7 @@ class CLIPTokenizer:
 
     @functools.lru_cache(maxsize=4096)                           # so that its note comes once, too
     def encode(self, prompt):
-        """Token ids of one string, L - 2 at most, without start, end and padding. Says if it cuts some off."""
+        """Token ids of one string, at most L - 2, without start, end and padding. Says if it cuts any."""
         ids, most = [], self.length - 2
         for piece in self.special_pattern.split(self.clean(prompt)):
             if piece in self.special:
@@ -1110,7 +1110,7 @@ class CLIPTokenizer:
             else:
                 ids += itertools.chain.from_iterable(map(self.bpe, self.WORDS.findall(piece)))
         if len(ids) > most:
-            print(f"note: the model reads {most} of the {len(ids)} tokens of {textwrap.shorten(prompt, 70)!r}")
+            print(f"note: the model reads {most} of the {len(ids)} tokens of {prompt[:60]!r}")
         return ids[:most]
 
     def __call__(self, prompts):
@@ -1907,16 +1907,16 @@ def parse_given(cls, argv, prog, description):
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, groups = refuse, {}
-    for f in dataclasses.fields(cls):
-        if not f.metadata:                                     # a field that only a model's folder can set
+    for field in dataclasses.fields(cls):
+        if not field.metadata:                               # a field that only a model's folder can set
             continue
-        how = {bool: {"action": "store_false" if f.default else "store_true"},
-               tuple: {"type": numbers}, list: {"nargs": "+", "metavar": "FILE"}}.get(f.type, {"type": f.type})
-        told = "" if f.type is bool or f.default in (None, (), "") else f" ({f.default})"
-        name = f.metadata["group"]
+        how = {bool: {"action": "store_false" if field.default else "store_true"}, tuple: {"type": numbers},
+               list: {"nargs": "+", "metavar": "FILE"}}.get(field.type) or {"type": field.type}
+        told = "" if field.type is bool or field.default in (None, (), "") else f" ({field.default})"
+        name = field.metadata["group"]
         groups[name] = groups.get(name) or parser.add_argument_group(name)
-        groups[name].add_argument(flag_of(f), dest=f.name, help=f.metadata["about"] + told,
-                                  **{**how, **f.metadata["more"]})
+        groups[name].add_argument(flag_of(field), dest=field.name, help=field.metadata["about"] + told,
+                                  **{**how, **field.metadata["more"]})
     return vars(parser.parse_args(argv))
 
 
@@ -1926,16 +1926,16 @@ def merged(cls, *layers):
     None says nothing, and names that cls lacks are ignored. UserError: a value of the wrong kind or range.
     """
     settings = cls()
-    for f in dataclasses.fields(cls):
-        least, most = f.metadata.get("least", -math.inf), f.metadata.get("most", math.inf)
-        kinds = {float: (int, float), tuple: (tuple, list)}.get(f.type, f.type)
-        choices = f.metadata.get("more", {}).get("choices")
-        for value in (layer[f.name] for layer in layers if layer.get(f.name) is not None):
+    for field in dataclasses.fields(cls):
+        least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", math.inf)
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(field.type, field.type)
+        choices = field.metadata.get("more", {}).get("choices")
+        for value in (layer[field.name] for layer in layers if layer.get(field.name) is not None):
             if not isinstance(value, kinds) or value not in (choices or [value]):
-                raise UserError(f"{flag_of(f)} cannot be {value!r}")
+                raise UserError(f"{flag_of(field)} cannot be {value!r}")
             if isinstance(value, (int, float)) and not least <= value <= most:            # nan is not, either
-                raise UserError(f"{flag_of(f)} {value}: it must be within {least:g} and {most:g}")
-            setattr(settings, f.name, value)
+                raise UserError(f"{flag_of(field)} {value}: it must be within {least:g} and {most:g}")
+            setattr(settings, field.name, value)
     return settings
 
 
@@ -2050,8 +2050,8 @@ def sizes(config):
 def describe(config, motion):
     """All settings of a run, a line for each group of --help."""
     lines = {}
-    for f in dataclasses.fields(config):
-        lines.setdefault(f.metadata["group"], []).append(f"{f.name} {getattr(config, f.name)}")
+    for field in dataclasses.fields(config):
+        lines.setdefault(field.metadata["group"], []).append(f"{field.name} {getattr(config, field.name)}")
     count = sum(p.numel() for p in motion.parameters())
     return "\n".join([*(f"{group:10} {', '.join(said)}" for group, said in lines.items()),
                       f"{'embeddings':10} {count:,} parameters"])
