@@ -31,7 +31,6 @@ import dataclasses
 import functools
 import hashlib
 import html
-import http.client
 import itertools
 import json
 import math
@@ -1217,7 +1216,7 @@ def is_lack_of_memory(error):
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path of the same name, moved to `path` when the block succeeds, else deleted: nobody
-    meets a part of a file. The folder is created. UserError: the place cannot be written, the disk is full."""
+    meets a part of a file. The folder is created. UserError: the place cannot be written, a full disk."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1346,12 +1345,12 @@ def weight_files(names, stem):
     """Those of the files `names` with the weights of a part: STEM.EXT, or all N of STEM-n-of-N.EXT;
     safetensors before pickles, full precision before ".fp16". UserError: there are none, or not all N."""
     pickled = re.sub(r"(^|/)model$", r"\1pytorch_model", stem)
-    for base, kind in ((stem, "safetensors"), (pickled, "bin")):
-        for form in ("", r"-\d+-of-(\d+)", r"\.fp16", r"\.fp16-\d+-of-(\d+)", r"-\d+-of-(\d+)\.fp16"):
-            pattern = re.compile(rf"{re.escape(base)}{form}\.{kind}")
-            found = [match for match in map(pattern.fullmatch, sorted(names)) if match]
-            if found and (not pattern.groups or len(found) == int(found[0][1])):
-                return [match[0] for match in found]
+    for whole in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{pickled}.bin", f"{pickled}.fp16.bin"):
+        if whole in names:
+            return [whole]
+        pieces = sorted(name for name in names if re.sub(r"-\d+-of-\d+", "", name) == whole)
+        if pieces and f"-of-{len(pieces):05}" in pieces[0]:           # its name says how many there are
+            return pieces
     raise UserError(f"no weights, such as {stem}.safetensors, or not all pieces: this is no whole model")
 
 
@@ -1374,9 +1373,9 @@ def load_module(build, folder, stem, device, dtype):
                     tensors[key] = value
         try:
             module.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:                               # it says on several lines what does not fit
+        except RuntimeError as error:                             # says on several lines what does not fit
             said = textwrap.shorten(str(error), 300)
-            raise UserError(f"{folder} does not fit its config.json, get both from one model: {said}") from error
+            raise UserError(f"{folder} does not fit its config.json: {said}; get both anew") from error
     parameters = sum(value.numel() for value in tensors.values())
     print(f"loaded {len(tensors)} tensors, {parameters:,} parameters: {folder.name}")
     return module.to(device, dtype).eval().requires_grad_(False)
@@ -1415,31 +1414,27 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
 
 # ---- Hub: files of a repository, fetched into the cache of huggingface_hub, which can use them as well
 
+HUB_HOME = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")     # expanded at use: some have no home
+
+
 def needed_files(names, parts, weights):
     """Those of the files `names` that these parts of a model need. Weights come last: an interrupted download
     does not look whole. UserError: a part is missing."""
-    small = [name for name in names
-             if name.endswith((".json", ".txt")) and os.path.dirname(name) in ("", *parts)]
-    large = []
+    needed = [name for name in names
+              if name.endswith((".json", ".txt")) and os.path.dirname(name) in ("", *parts)]
     for part in parts:
-        if part not in map(os.path.dirname, small):
+        if part not in map(os.path.dirname, needed):
             raise UserError(f"no files in {part}/: this is no whole model in diffusers layout")
         if weights and part in ("", *PARTS):
-            large += weight_files(names, f"{part}/{PARTS[part][1]}" if part else "model")
-    return small + large
-
-
-def hub_path(variable, below):
-    """A place of huggingface_hub: what the environment says, or `below` the folder of all its files."""
-    home = os.environ.get("HF_HOME") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
-    return Path(os.environ.get(variable) or f"{home}/{below}").expanduser()
+            needed += weight_files(names, f"{part}/{PARTS[part][1]}" if part else "model")
+    return needed
 
 
 def hub_open(path, **headers):
     """The hub's open answer to a GET. Other hosts, to which it sends on for large files, see no token."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    file = hub_path("HF_TOKEN_PATH", "token")                           # what `hf auth login` stored
-    token = os.environ.get("HF_TOKEN") or (file.read_text() if file.is_file() else "")
+    stored = HUB_HOME.expanduser() / "token"                            # by `hf auth login`
+    token = os.environ.get("HF_TOKEN") or (stored.read_text() if stored.is_file() else "")
     request = urllib.request.Request(f"{endpoint}/{path}", headers=headers)
     if token.strip():                         # quoted: what is no token goes to the hub and not into an error
         request.add_unredirected_header("Authorization", f"Bearer {quote(token.strip(), safe='+/=')}")
@@ -1449,28 +1444,26 @@ def hub_open(path, **headers):
 def download(path, target, size, sha256):
     """Bring `path` of the hub to `target` by way of a .part, which a later call continues; check the whole.
     Processes may do this at once: they write the same bytes to the same places; none shortens the part."""
-    if target.is_file():
-        return
-    part, digest = target.with_name(f"{target.name}.part"), hashlib.sha256()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     with open(part, "r+b") as file:
-        begin = file.seek(0, os.SEEK_END) if sha256 else 0       # without a hash it could be anything
-        if begin < size:
-            with hub_open(path, Range=f"bytes={begin}-") as answer, tqdm.wrapattr(
-                    file, "write", size, initial=begin, desc=target.name, disable=not sha256) as watched:
-                file.seek(begin if answer.status == 206 else 0)  # 200: a server that sends all of it
+        begin, end = -1, file.seek(0, os.SEEK_END)
+        while begin < end < size:                              # ask again as long as an answer brings more
+            begin = end
+            with (hub_open(path, Range=f"bytes={begin}-") as answer, tqdm.wrapattr(
+                      file, "write", size, initial=begin, desc=part.stem, disable=not sha256) as watched,
+                  contextlib.suppress(ConnectionError, TimeoutError)):
                 shutil.copyfileobj(answer, watched, 1 << 20)
-            if file.tell() < size:
-                raise ConnectionError(f"the connection ended at byte {file.tell()} of {size}")
+            end = file.tell()
+        if end < size:
+            raise ConnectionError(f"the connection ended at byte {end} of {size}")
         file.seek(0)
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-        whole = file.tell() == size and sha256 in (None, digest.hexdigest())
-    if not whole:
+        whole = np.fromfile(file, np.uint8)                    # as big as what is going to be loaded from it
+    if len(whole) > size or sha256 not in (None, hashlib.sha256(whole).hexdigest()):
         part.unlink(missing_ok=True)
         raise UserError(f"{path} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
-    if not target.is_file():                                     # else another process was faster
+    if not target.is_file():                                   # else another process was faster
         os.replace(part, target)
 
 
@@ -1479,16 +1472,16 @@ def fetch(repo, *parts, weights=True):
 
     parts: "unet", "vae", "text_encoder", "tokenizer", "scheduler", or "", the root, for a CLIP with its
     tokenizer. A snapshot that has them is taken without asking the hub. Environment: HF_ENDPOINT, HF_TOKEN,
-    HF_TOKEN_PATH, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. UserError: they cannot be had.
+    HF_HOME, HF_HUB_OFFLINE. UserError: they cannot be had.
     """
     repo, _, revision = str(repo).partition("@")
     repo, revision = ALIASES.get(repo, repo), revision or "main"
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*", f"{repo}@{revision}") or ".." in revision:
-        raise UserError(f"{repo} is no model folder and no hub repository (owner/name[@revision])")
-    advice = ("check the network, its name, HF_ENDPOINT, the room in HF_HOME and, if its terms are to be "
-              "accepted on its page, HF_TOKEN; the next run goes on with what came")
-    with built_from(repo, "cannot be fetched", advice):
-        store = hub_path("HF_HUB_CACHE", "hub") / f"models--{repo.replace('/', '--')}"
+    valid = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*", f"{repo}@{revision}")
+    if not valid or ".." in revision or os.path.exists(repo):
+        raise UserError(f"{repo} is no model folder, with unet/ in it, and no hub repository (owner/name)")
+    with built_from(repo, "cannot be fetched", "check the network, its name, HF_ENDPOINT, the room in "
+                    "HF_HOME and, if it is gated, HF_TOKEN; the next run goes on with what came"):
+        store = HUB_HOME.expanduser() / "hub" / f"models--{repo.replace('/', '--')}"
         reference = store / "refs" / revision                    # holds the commit that it was
         commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
         folder = store / "snapshots" / commit
@@ -1500,24 +1493,16 @@ def fetch(repo, *parts, weights=True):
             raise UserError(f"{folder} is not whole, and HF_HUB_OFFLINE forbids to fetch it: unset it")
         with hub_open(f"api/models/{repo}/revision/{quote(commit, safe='')}?blobs=true") as answer:
             listed = json.load(answer)
-        sha = re.fullmatch(r"\w+", listed["sha"])[0]
+        folder = store / "snapshots" / re.fullmatch(r"\w+", listed["sha"])[0]
         files = {file["rfilename"]: file for file in listed["siblings"]}
-        names = needed_files(files, parts, weights)
-        if sha != commit:
-            with atomic_write(reference) as temporary:
-                temporary.write_text(sha)
-        for name in names:
-            sha256 = files[name].get("lfs", {}).get("sha256")    # the hub has one for large files only
-            path = f"{repo}/resolve/{sha}/{quote(name)}"
-            for wait in (0.5, 1, 2, 4, None):
-                try:
-                    download(path, store / "snapshots" / sha / name, files[name]["size"], sha256)
-                    break
-                except (OSError, http.client.HTTPException):
-                    if wait is None:
-                        raise
-                    time.sleep(wait)
-        return store / "snapshots" / sha
+        for name in needed_files(files, parts, weights):
+            if not (folder / name).is_file():
+                sha256 = files[name].get("lfs", {}).get("sha256")              # large files alone have one
+                path = f"{repo}/resolve/{folder.name}/{quote(name)}"
+                download(path, folder / name, files[name]["size"], sha256)
+        with atomic_write(reference) as temporary:
+            temporary.write_text(folder.name)
+        return folder
 
 
 # ---- Video: PIL for GIF, WebP, APNG and folders of pictures; the program ffmpeg for everything else
