@@ -1243,7 +1243,8 @@ def built_from(path, problem="cannot be used", advice="get it again"):
             raise UserError(f"{path}: {error}") from error
         if getattr(error, "strerror", None):                             # the file system's own errors
             raise UserError(f"{path} cannot be read ({error.strerror}); {advice}") from error
-        raise UserError(f"{path} {problem} ({type(error).__name__}: {one_line(error)}); {advice}") from error
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)  # torch names bad keys on many lines
+        raise UserError(f"{path} {problem} ({said}); {advice}") from error
 
 
 def read_json(path):
@@ -1356,10 +1357,11 @@ def weight_files(names, stem):
 
 def load_module(build, folder, stem, device, dtype):
     """build(config.json of `folder`) with its weights, see weight_files. Frozen, in eval mode."""
-    with built_from(folder):
+    tensors = {}
+    with built_from(folder, "is damaged, or does not fit its config.json"):
         with torch.device("meta"):                                        # no memory for what gets replaced
             module = build(read_json(folder / "config.json"))
-        expected, tensors = module.state_dict(), {}
+        expected = module.state_dict()
         for name in weight_files(os.listdir(folder), stem):
             for key, value in load_tensors(folder / name).items():
                 # Every tool that writes 8-bit weights keeps their scales in a way of its own.
@@ -1371,40 +1373,33 @@ def load_module(build, folder, stem, device, dtype):
                     key = f"text_model.{key}"
                 if not key.endswith(".position_ids"):      # 0, 1, 2, ..., which old text encoders store
                     tensors[key] = value
-        try:
-            module.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:                             # says on several lines what does not fit
-            said = textwrap.shorten(str(error), 300)
-            raise UserError(f"{folder} does not fit its config.json: {said}; get both anew") from error
+        module.load_state_dict(tensors, strict=True, assign=True)
     parameters = sum(value.numel() for value in tensors.values())
     print(f"loaded {len(tensors)} tensors, {parameters:,} parameters: {folder.name}")
     return module.to(device, dtype).eval().requires_grad_(False)
 
 
-def local_folder(model):
-    """The folder that `model` names, one of data/ or any other, or None if it has no unet/."""
-    folders = HERE / "data" / model, Path(model)
-    return next((folder for folder in folders if (folder / "unet").is_dir()), None)
-
-
-def model_folder(model):
-    """The folder of a model with all its parts, fetched where `model` names a hub repository."""
-    return local_folder(model) or fetch(model, *PARTS, "tokenizer", "scheduler")
+def model_folder(model, *parts, weights=True):
+    """The folder of a model: one of data/, any other with unet/ in it, or what `fetch` gets from the hub."""
+    for folder in (HERE / "data" / model, Path(model)):
+        if (folder / "unet").is_dir():
+            return folder
+    return fetch(model, *(parts or (*PARTS, "tokenizer", "scheduler")), weights=weights)
 
 
 def model_config(model, part):
     """config.json of a part with weights; of a hub repository it is fetched without them."""
-    return read_json((local_folder(model) or fetch(model, part, weights=False)) / part / "config.json")
+    return read_json(model_folder(model, part, weights=False) / part / "config.json")
 
 
 def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     """Models from a folder in diffusers layout or from a hub repository; `dtype` is not the autoencoder's:
     in float16 it can overflow, and it costs little next to the UNet, so it stays float32."""
     folder = model_folder(folder_or_repo)
+    networks = [load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
+                for part, (build, stem) in PARTS.items()]
     with built_from(folder, "has parts that are damaged or do not fit each other"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        networks = [load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
-                    for part, (build, stem) in PARTS.items()]
         scheduler = DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
         models = Models(tokenizer, *networks, scheduler)
         # The token of the highest number is tried: that the text encoder lacks it would show only at use.
@@ -1468,12 +1463,9 @@ def download(path, target, size, sha256):
 
 
 def fetch(repo, *parts, weights=True):
-    """The folder of a hub repository (owner/name[@revision]) with all files that these parts of a model need.
-
-    parts: "unet", "vae", "text_encoder", "tokenizer", "scheduler", or "", the root, for a CLIP with its
-    tokenizer. A snapshot that has them is taken without asking the hub. Environment: HF_ENDPOINT, HF_TOKEN,
-    HF_HOME, HF_HUB_OFFLINE. UserError: they cannot be had.
-    """
+    """The folder of a hub repository (owner/name[@revision]) with the files that these parts of a model need,
+    such as "unet"; "" is the root, for a CLIP. A snapshot that has them is taken without asking the hub.
+    Environment: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE. UserError: they cannot be had."""
     repo, _, revision = str(repo).partition("@")
     repo, revision = ALIASES.get(repo, repo), revision or "main"
     valid = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*", f"{repo}@{revision}")
@@ -1926,7 +1918,7 @@ def merged(cls, *layers):
 
 def model_settings(model):
     """What a model's folder says that it is best used with: mini_mi.json as a dict, {} if it has none."""
-    file = (local_folder(model) or fetch(model, "unet", weights=False)) / "mini_mi.json"
+    file = model_folder(model, "unet", weights=False) / "mini_mi.json"
     return read_json(file) if file.is_file() else {}
 
 
@@ -2068,7 +2060,7 @@ def learn(config, models, latents, text, folder):
     """
     source = dict(video=absolute(config.video), prompt=config.source_prompt, frames=config.frames,
                   size=config.size, start=config.start, duration=config.duration, model=config.model)
-    if local_folder(config.model) == Path(config.model):                # no name: a folder wherever we are
+    if Path(config.model, "unet").is_dir():                             # no name: a folder wherever we are
         source["model"] = absolute(config.model)
     reached = {}
 
