@@ -14,9 +14,8 @@ through the autoencoder above.
     python eval_mi.py --votes FILES    counts their votes; needs results.json and ballot.json, but no cells
     torchrun --nproc_per_node=8 eval_mi.py --model zeroscope --clips my_clips --frames 24 --size 576x320
 
-A run can be killed at any time and goes on where it stopped. It leaves, in --out:
+A run can be killed at any time and goes on where it stopped. Beside the report it leaves, in --out:
 
-    report.html  results.md  results.svg  results.json           the answers; the picture is fit for a README
     motions/NAME-TRAINING-r0-DIGEST.safetensors            embeddings, also for mini_mi.py --motion .. --video
     cells/NAME/VARIANT-p0-s1-DIGEST.npz                  a sampled clip: prompt 0 (or "own"), sampling seed 1
     scores/NAME/VARIANT-p0-s1-DIGEST.npz                         what the judges said about it
@@ -33,7 +32,6 @@ metric, simulated coverage for the intervals of means and shares. See tests/.
 
 import base64
 import collections
-import contextlib
 import csv
 import dataclasses
 import datetime
@@ -322,11 +320,8 @@ def motion_fidelity(tracks_a, tracks_b, mode="paper", still=0.5):
 @functools.cache
 def cotracker_model():
     """CoTracker 3 (arXiv 2410.11831), fetched through torch.hub; non-commercial licence."""
-    try:
+    with mini_mi.built_from("CoTracker", "cannot be fetched", "check the network, or take --tracker lk"):
         return torch.hub.load("facebookresearch/co-tracker", "cotracker3_offline", trust_repo=True)
-    except (OSError, RuntimeError, ImportError) as e:              # RuntimeError: torch.hub without a network
-        raise UserError(f"cannot fetch CoTracker ({mini_mi.one_line(e)}): "
-                        "check the network, or take --tracker lk") from None
 
 
 def cotracker(video, grid):
@@ -470,16 +465,32 @@ class Lab:
         self.settings, self.clips = s, read_clips(s, in_world)
         self.paths, self.judges = Paths(s, model, judge, in_world), Judges(s, judge, in_world)
         self.pipeline = Pipeline(s, model, self.paths)
-        self.cells = [cell for batches in plan(s, self.clips) for batch in batches for cell in batch]
+        self.cells = [cell for batch in plan(s, self.clips) for cell in batch]
 
 
-def run_experiment(lab, ranks=1, rank=0):
-    """Makes and judges the cells of this rank's clips that are not there yet. Every step leaves a file."""
-    batches = list(itertools.chain(*plan(lab.settings, lab.clips)[rank::ranks]))
-    missing = [batch for batch in batches if not all(map(lab.paths.is_finished, batch))]
-    bar = tqdm(missing, unit="batch", disable=rank > 0, smoothing=0)
-    for batch in bar:
-        bar.set_description(f"{batch[0].clip.name}: {batch[0].variant.name}")
+def run_experiment(s):
+    """Makes and judges, with all ranks, the cells that are not there yet; every step leaves a file.
+    -> (lab, how many cells were missing, minutes)
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    began, wait = time.perf_counter(), lambda: None
+    if ranks > 1:
+        # Nothing is sent but the word that a rank is done, after hours perhaps.
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        wait = torch.distributed.barrier
+    # The first rank goes ahead: it downloads what is not there, and counts before any other can begin.
+    for my_turn in (rank == 0, rank > 0):
+        if my_turn:
+            lab = Lab(s)
+            missing = sum(not lab.paths.is_finished(cell) for cell in lab.cells)
+            # What cannot work shows now and not after hours: schedules too short, judges not there.
+            lab.pipeline.models.scheduler.timesteps(s.sample_steps, s.t_min)
+            lab.pipeline.models.scheduler.timesteps(s.invert_steps)
+            lab.judges.reference(lab.clips[0])
+        wait()
+    batches = plan(s, lab.clips[rank::ranks])
+    batches = [batch for batch in batches if not all(map(lab.paths.is_finished, batch))]
+    for batch in tqdm(batches, unit="batch", disable=rank > 0, smoothing=0):
         # The whole batch again if one of it is missing: the same company gives the same last digits.
         samples = [once(lab.paths.sample(cell)) for cell in batch]
         if not all(samples):
@@ -487,25 +498,26 @@ def run_experiment(lab, ranks=1, rank=0):
         for cell, sample in zip(batch, samples):
             once(lab.paths.sample(cell), lambda: sample)
             once(lab.paths.score(cell), lambda: lab.judges.judge(cell, sample))
+    wait()
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+    return lab, missing, (time.perf_counter() - began) / 60
 
 
 def plan(s, clips):
-    """Every cell -> for each clip a list of batches, the cells of one variant that are sampled at once. It
+    """Every cell, clip by clip -> list of batches, the cells of one variant that are sampled at once. It
     depends neither on what is finished nor on ranks.
     """
-    work = []
-    for clip in clips:
-        batches = []
-        for training in (*TRAININGS, None):
-            variants = [VARIANTS[name] for name in s.variants if VARIANTS[name].training == training]
-            train_seeds = range(s.training_seeds if training else 1)
-            for train_seed, variant in itertools.product(train_seeds, variants):
-                cells = [Cell(variant, clip, prompt_index, seed, train_seed)
-                         for prompt_index in ([-1] if variant.own_prompt else range(s.prompt_count))
-                         for seed in range(s.seed_count if variant.sampled else 1)]
-                batches += [cells[i:i + s.sample_batch] for i in range(0, len(cells), s.sample_batch)]
-        work.append(batches)
-    return work
+    batches = []
+    for clip, training in itertools.product(clips, (*TRAININGS, None)):
+        variants = [VARIANTS[name] for name in s.variants if VARIANTS[name].training == training]
+        train_seeds = range(s.training_seeds if training else 1)
+        for train_seed, variant in itertools.product(train_seeds, variants):
+            cells = [Cell(variant, clip, prompt_index, seed, train_seed)
+                     for prompt_index in ([-1] if variant.own_prompt else range(s.prompt_count))
+                     for seed in range(s.seed_count if variant.sampled else 1)]
+            batches += [cells[i:i + s.sample_batch] for i in range(0, len(cells), s.sample_batch)]
+    return batches
 
 
 # -------------------------------------------------------------------------------------------- reference clips
@@ -538,13 +550,17 @@ def read_clips(s, in_world):
     return clips
 
 
+CLIP_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv .gif .webp .apng".split()
+
+
 def find_clip(folder, name):
-    """The clip of this path below a folder, or the only one that has this path but for its suffix."""
+    """The clip of this path below a folder, with or without its suffix; thumbnails can have its name, too."""
     wanted = folder / name
     beside = wanted.parent.iterdir() if wanted.parent.is_dir() else ()
-    found = [wanted] if wanted.exists() else sorted(path for path in beside if path.stem == wanted.name)
+    found = sorted(path for path in beside if path.name == wanted.name
+                   or path.stem == wanted.name and path.suffix.lower() in CLIP_SUFFIXES)
     if len(found) != 1:
-        there = ", ".join(path.name for path in found) or "no such clip"
+        there = " and ".join(path.name for path in found) or "no such clip"
         raise UserError(f"{folder / 'clips.json'} names {name}; beside it is {there}: write its full name")
     return found[0]
 
@@ -572,31 +588,24 @@ class Paths:
         """what: everything that determines the content, but for the name."""
         return self.out / folder / f"{name}-{digest(*what)}{suffix}"
 
-    def noise(self, clip):
-        """A clip's latents and inverted noise."""
-        return self.path("noise", clip.stem, self.made_with, clip.digest, self.settings.invert_steps)
-
     def motion(self, clip, training, train_seed):
-        """A clip's trained embeddings."""
         return self.path("motions", f"{clip.stem}-{training}-r{train_seed}", self.made_with, clip.digest,
                          train_seed, training_settings(self.settings, training), suffix=".safetensors")
 
     def sample(self, cell):
-        """The frames of a cell."""
-        s, v = self.settings, cell.variant
-        noise = [self.noise(cell.clip).name, s.noise_prior] if v.prior else None
-        motion = v.training and [self.motion(cell.clip, v.training, cell.train_seed).name, v.use]
+        s, v, clip = self.settings, cell.variant, cell.clip
+        inverted = self.path("noise", clip.stem, self.made_with, clip.digest, s.invert_steps)
+        noise = [inverted.name, s.noise_prior] if v.prior else None        # a name alone: it stays in memory
+        motion = v.training and [self.motion(clip, v.training, cell.train_seed).name, v.use]
         how = [s.sample_steps, s.guidance, noise, motion] if v.sampled else None
-        return self.path("cells", f"{cell.clip.stem}/{cell.name}", self.made_with, cell.clip.digest, cell.key,
+        return self.path("cells", f"{clip.stem}/{cell.name}", self.made_with, clip.digest, cell.key,
                          cell.prompt, how)
 
     def score(self, cell):
-        """What the judges said about it."""
         return self.path("scores", f"{cell.clip.stem}/{cell.name}", self.sample(cell).name,
                          self.judged_by, cell.clip.digest)
 
     def is_finished(self, cell):
-        """Nothing is to be done."""
         return self.sample(cell).exists() and once(self.score(cell)) is not None
 
 
@@ -637,8 +646,7 @@ def read_arrays(path):
 
 def write_arrays(things, path):
     """The way back; `things` need no `about`."""
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **{**things, "about": json.dumps(things.get("about", {}))})
+    np.savez_compressed(path, **{**things, "about": json.dumps(things.get("about", {}))})
 
 
 def once(path, make=None, read=read_arrays, write=write_arrays):
@@ -676,35 +684,28 @@ class Pipeline:
         """The text-to-video model."""
         return mini_mi.load_models(str(self.model_folder), self.device, getattr(torch, self.settings.dtype))
 
+    @functools.lru_cache(maxsize=1)                                  # the cells of a clip follow each other
     def invert(self, clip):
         """clip -> latents (1,C,F,H,W), and the noise that leads to them (1,C,F,H,W)."""
-        def make():
-            # The mean of the autoencoder's answer, so that no draw sets the clips apart; mini_mi.py draws.
-            latents = mini_mi.encode_video(self.models, mini_mi.to_model_range(clip.frames))
-            noise = mini_mi.ddim_invert(self.models, latents, mini_mi.encode_prompt(self.models, [""]),
-                                        self.settings.invert_steps, progress=False)
-            return {"latents": latents.float().cpu().numpy(), "noise": noise.float().cpu().numpy()}
-
-        kept = once(self.paths.noise(clip), make)
-        return tuple(torch.from_numpy(kept[name]).to(self.device) for name in ("latents", "noise"))
+        # The mean of the autoencoder's answer, so that no draw sets the clips apart; mini_mi.py draws.
+        latents = mini_mi.encode_video(self.models, mini_mi.to_model_range(clip.frames))
+        noise = mini_mi.ddim_invert(self.models, latents, mini_mi.encode_prompt(self.models, [""]),
+                                    self.settings.invert_steps, progress=False)
+        return latents.float(), noise.float()
 
     def train(self, clip, training, train_seed):
         """clip -> MotionEmbeddings in eval mode; their `source` holds what they cost."""
-        s, on_gpu = self.settings, self.device.type == "cuda"
+        s = self.settings
 
         def make():
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(self.device)
             latents = self.invert(clip)[0]          # before the clock: a clip's later trainings find it made
             began, text = time.perf_counter(), mini_mi.encode_prompt(self.models, [clip.caption])
             motion = mini_mi.train_motion(
                 self.models, latents, text, **training_settings(s, training), seed=train_seed,
                 checkpointing=s.checkpointing, progress=False)
-            cost = {"train_seconds": time.perf_counter() - began,    # memory in MiB; a CPU does not tell
-                    "memory": torch.cuda.max_memory_allocated(self.device) / 2 ** 20 if on_gpu else None,
-                    "parameters": sum(p.numel() for p in motion.parameters())}
             motion.source = {"model": s.model, "prompt": clip.caption, "frames": s.frames, "size": s.size,
-                             "cost": cost}
+                             "cost": {"train_seconds": time.perf_counter() - began,
+                                      "parameters": sum(p.numel() for p in motion.parameters())}}
             return motion
 
         path = self.paths.motion(clip, training, train_seed)
@@ -713,7 +714,7 @@ class Pipeline:
     def sample(self, cells):
         """Cells of one clip and variant, in one batch -> their frames (F,h,w,3) uint8, and what they cost."""
         s, clip, variant = self.settings, cells[0].clip, cells[0].variant
-        motion, cost = None, {"train_seconds": 0.0, "memory": None, "parameters": 0}
+        motion, cost = None, {"train_seconds": 0.0, "parameters": 0}
         if variant.training:
             motion = self.train(clip, variant.training, cells[0].train_seed)
             cost = motion.source["cost"]
@@ -799,26 +800,25 @@ class Judges:
                   "motion_fidelity": motion_fidelity(tracks, reference["tracks"], still=STILL),
                   "temporal_consistency": temporal_consistency(features),
                   "leakage": appearance_leakage(features, reference["features"]),
-                  **(self.attributes(cell.prompt, features) if self.in_world else {})}
-        if self.in_world:               # CLIP still sees a circle that has grown corners; outlines show them
-            shape = world.attributes(cell.prompt)[0]
-            scores["shape_frames"] = world.shape_share(sample["frames"], shape)
+                  **(self.shown(cell.prompt, sample["frames"], features) if self.in_world else {})}
         about = {"variant": cell.variant.name, "clip": cell.clip.name, "movement": cell.clip.movement,
                  "prompt": cell.prompt, "prompt_index": cell.prompt_index, "seed": cell.seed,
                  "train_seed": cell.train_seed, "scores": scores,
                  "moving_tracks": len(_steps(tracks, STILL)[0]), "tracks": len(tracks), **sample["about"]}
         return {"about": about, **seen}
 
-    def attributes(self, prompt, features):
+    def shown(self, prompt, frames, features):
         """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and all four.
         For every attribute the prompt competes with the prompts in which only that attribute is another one.
+        CLIP still sees a circle that has grown corners: shape_frames is the share of frames with the outline.
         """
         own, right = world.attributes(prompt), {}
         for slot, (name, choices) in enumerate(WORLD_ATTRIBUTES.items()):
             texts = [world.describe(*own[:slot], choice, *own[slot + 1:]) for choice in choices]
             best = best_text(features, torch.stack([self.text_features(t) for t in texts]))
             right[f"shows_{name}"] = float(texts[best] == world.describe(*own))
-        return {**right, "attributes": min(right.values())}
+        return {**right, "attributes": min(right.values()),
+                "shape_frames": world.shape_share(frames, own[0])}
 
     @functools.cache
     def real_features(self, prompt, *which):
@@ -833,78 +833,71 @@ class Judges:
 Sample = collections.namedtuple("Sample", "cell arrays")      # a finished cell, and what `Judges.judge` wrote
 
 
+def grouped(things, key):
+    """key(thing) -> list of the things that have it, both in the order of appearance."""
+    groups = collections.defaultdict(list)
+    for thing in things:
+        groups[key(thing)].append(thing)
+    return groups
+
+
 def collect(lab):
     """What the finished cells hold, as a JSON-able dict: scores of each, and the Frechet distances, which
     take features. `analyse` needs no more than this.
     """
-    kept = [(cell, once(lab.paths.score(cell))) for cell in lab.cells]
-    by_name = {name: [Sample(cell, found) for cell, found in kept if found and cell.variant.name == name]
-               for name in lab.settings.variants}
-    by_name = {name: members for name, members in by_name.items() if members}
+    samples = [Sample(cell, once(lab.paths.score(cell))) for cell in lab.cells]
+    finished = [s for s in samples if s.arrays]
+    by_name = grouped(finished, lambda s: s.cell.variant.name)
     if "full" not in by_name:
-        raise UserError(f"{lab.paths.out} has no finished cell of this grid: leave --report out, "
-                        "or change --out")
-    to_real = {name: distance_to_real(lab, members) for name, members in by_name.items()}
-    distances, drawn = {}, {name: sorted((s.cell.key, s.cell.train_seed) for s in members)
-                            for name, members in by_name.items()}
-    for name, (distance, facts) in to_real.items():
+        raise UserError(f"{lab.paths.out} has no finished cell of this grid: drop --report, or change --out")
+    to_real = {name: distance_to_real(lab, some) for name, some in by_name.items()}
+    drawn = {name: {(s.cell.key, s.cell.train_seed) for s in some} for name, some in by_name.items()}
+    distances = {}
+    for name, (distance, clips, facts) in to_real.items():
         against, difference = VARIANTS[name].against, None
         if name != against and drawn[name] == drawn.get(against):             # else the two differ in n
             other = to_real[against][0]
-            difference = jackknife(lambda clips: distance(clips) - other(clips), clip_names(by_name[name]))
+            difference = jackknife(lambda some: distance(some) - other(some), clips)
         distances[name] = {**facts, "difference": difference}
+    # What no likeness at all scores: Motion Fidelity against reference clips of other motions.
+    chance = []
+    for s in [s for s in by_name["full"] if s.cell.key[1:] == (0, 0) and s.cell.train_seed == 0]:
+        others = [lab.judges.reference(c)["tracks"] for c in lab.clips if c.movement != s.cell.clip.movement]
+        found = [motion_fidelity(s.arrays["tracks"], tracks, still=STILL) for tracks in others]
+        chance += [np.mean(found)] if found else []
     return {"settings": dataclasses.asdict(lab.settings), "judges": lab.judges.names,
-            "finished": sum(map(len, by_name.values())), "planned": len(kept),
-            "chance": chance(lab, by_name["full"]), "distances": distances,
-            "cells": [found["about"] for _, found in kept if found]}
-
-
-def clip_names(samples):
-    """The clips of some samples, each once -> tuple of names."""
-    return tuple(dict.fromkeys(s.cell.clip.name for s in samples))
+            "finished": len(finished), "planned": len(samples), "distances": distances,
+            "chance": student_interval(chance) if chance else None,
+            "cells": [s.arrays["about"] for s in finished]}
 
 
 def distance_to_real(lab, samples):
-    """The Frechet distance of a variant's samples from a real set -> (distance of some clips, facts).
-    In the tiny world the real set matches the content: for every sample a rendered clip of the same prompt
-    with a random motion; a second such set gives the floor, real from real at equal n. Elsewhere the real set
-    is the reference clips, and the floor their one half from the other.
+    """A variant's samples against real clips -> (the Frechet distance, a function of clip names; all these
+    names; facts). In the tiny world the real set matches the content: for every sample a rendered clip of the
+    same prompt with a random motion; a second such set gives the floor, real from real at equal n. Elsewhere
+    the real set is the reference clips, of which there is no second set.
     """
-    names = clip_names(samples)
+    by_clip, judges, floor = grouped(samples, lambda s: s.cell.clip.name), lab.judges, None
+    names = tuple(by_clip)
 
-    def per_clip(features):
-        """features(sample) of all samples of each clip: name -> (n,d)."""
-        return {name: np.concatenate([features(s) for s in samples if s.cell.clip.name == name])
-                for name in names}
+    def fake(name):
+        return [s.arrays["fid_features"] for s in by_clip[name]]
 
-    def between(a, b, some=names, others=None):
-        """The Frechet distance of two such dicts, of some clips."""
-        return frechet_distance(*(np.concatenate([side[name] for name in which])
-                                  for side, which in ((a, some), (b, others or some))))
+    def real(name, draw=0):
+        cells = [s.cell for s in by_clip[name]]
+        if not judges.in_world:
+            return [judges.reference(cells[0].clip)["fid_features"]]
+        return [judges.real_features(cell.prompt, *cell.key, cell.train_seed, draw) for cell in cells]
 
-    fake, floor = per_clip(lambda s: s.arrays["fid_features"]), None
-    if lab.judges.in_world:
-        real, again = (per_clip(lambda s: lab.judges.real_features(s.cell.prompt, *s.cell.key,
-                                                                   s.cell.train_seed, n)) for n in (0, 1))
-        floor = between(real, again)
-    else:
-        real = {s.cell.clip.name: lab.judges.reference(s.cell.clip)["fid_features"] for s in samples}
-        if len(names) > 1:
-            floor = between(real, real, names[::2], names[1::2])
-    distance = functools.cache(functools.partial(between, fake, real))
-    kid = kernel_distance(*(np.concatenate([*side.values()]) for side in (fake, real)))
-    return distance, {"frechet": jackknife(distance, names), "frechet_floor": floor, "kid": kid,
-                      "frames": sum(map(len, fake.values()))}
+    def pooled(features, some=names):
+        """The features of some clips, (n,d)."""
+        return np.concatenate([part for name in some for part in features(name)])
 
-
-def chance(lab, full):
-    """Motion fidelity of results against reference clips of other motions: what no likeness at all scores."""
-    means = []
-    for s in [s for s in full if s.cell.key[1:] == (0, 0) and s.cell.train_seed == 0]:
-        others = [lab.judges.reference(c)["tracks"] for c in lab.clips if c.movement != s.cell.clip.movement]
-        found = [motion_fidelity(s.arrays["tracks"], tracks, still=STILL) for tracks in others]
-        means += [np.mean(found)] if found else []
-    return student_interval(means) if means else None
+    distance = functools.cache(lambda some: frechet_distance(pooled(fake, some), pooled(real, some)))
+    if judges.in_world:
+        floor = frechet_distance(pooled(real), pooled(functools.partial(real, draw=1)))
+    return distance, names, {"frechet": jackknife(distance, names), "frechet_floor": floor,
+                             "kid": kernel_distance(pooled(fake), pooled(real)), "frames": len(pooled(fake))}
 
 
 # -------------------------------------------------------------------------------- the analysis, of JSON alone
@@ -913,32 +906,26 @@ NO_VOTES = {"shares": {}, "tests": {}, "notes": []}
 
 
 def analyse(measured):
-    """What `collect` gave, from a run or from a published results.json -> the same with rows, comparisons and
-    sentences. Votes that were counted are in it as "preference".
+    """What `collect` gave, from a run or from a published results.json -> the same with rows and comparisons.
+    Votes that were counted are in it as "preference".
     """
-    by_name = collections.defaultdict(list)
-    for cell in measured["cells"]:
-        by_name[cell["variant"]].append(cell)
+    by_name = grouped(measured["cells"], lambda cell: cell["variant"])
     names = [name for name in measured["settings"]["variants"] if name in by_name]
     distances, votes = measured["distances"], measured.get("preference") or NO_VOTES
+    rows = [row(name, by_name[name], distances[name], votes["shares"].get(name)) for name in names]
     comparisons = []
     for name in names:
-        against = VARIANTS[name].against
-        shared = {pair_key(c) for c in by_name[name]} & {pair_key(c) for c in by_name.get(against, ())}
-        if name != against and shared:              # none for those that show the reference's own caption
-            comparisons.append(compare(name, by_name[name], by_name[against], distances[name]["difference"]))
+        ours, theirs = by_name[name], by_name.get(VARIANTS[name].against, [])
+        if ours is not theirs and paired(ours, theirs, PRIMARY[0]):  # none where prompts are the captions
+            comparisons.append(compare(name, ours, theirs, distances[name]["difference"]))
     family = [c["metrics"][m] for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
     # A test of the family that was not made counts as one without a finding.
     for test, p in zip(family, holm([test["p"] for test in family] + [1.0] * (FAMILY - len(family)))):
         test["p_holm"] = p
-    rows = [row(name, by_name[name], distances[name], votes["shares"].get(name)) for name in names]
-    by_motion = {c["name"]: sentence_by_motion(c) for c in comparisons}
-    further = [*interaction(by_name), *embeddings_against_none(comparisons), *way_to_the_bound(rows)]
-    return {**{key: value for key, value in measured.items() if key != "cells"},
-            "rows": rows, "comparisons": comparisons, "preference": votes,
-            "sentences": [sentence(c) for c in comparisons],
-            "by_motion": {name: said for name, said in by_motion.items() if said}, "further": further,
-            "cells": measured["cells"]}                              # last: they are long
+    results = {**measured, "rows": rows, "comparisons": comparisons, "preference": votes}
+    results["cells"] = results.pop("cells")                          # last: they are long
+    # JSON has no infinity: what is not finite, as the interval of one clip, becomes None.
+    return json.loads(json.dumps(results), parse_constant=lambda name: None)
 
 
 def row(name, cells, distance, vote):
@@ -953,21 +940,26 @@ def row(name, cells, distance, vote):
             "metrics": metrics, **{key: value for key, value in distance.items() if key != "difference"},
             "preference": vote, "moving_tracks": float(moving.mean()), "fewest_moving": int(moving.min()),
             "tracks": float(np.mean([c["tracks"] for c in cells])), "still": int((moving == 0).sum()),
-            "cost": {key: None if costs[0][key] is None else float(np.mean([cost[key] for cost in costs]))
-                     for key in costs[0]}}
-
-
-def pair_key(cell):
-    """What two cells of a pair share: clip, prompt and seed, so the start noise, too."""
-    return cell["clip"], cell["prompt_index"], cell["seed"]
+            "cost": {key: float(np.mean([cost[key] for cost in costs]))
+                     for key, value in costs[0].items() if value is not None}}   # older runs have a None
 
 
 def per_pair(cells, metric):
-    """pair key -> the metric, its mean over trainings."""
-    values = collections.defaultdict(list)
-    for cell in cells:
-        values[pair_key(cell)].append(cell["scores"][metric])
-    return {key: float(np.mean(some)) for key, some in values.items()}
+    """(clip, prompt, seed), which cells of a pair share -> the metric, its mean over trainings."""
+    groups = grouped(cells, lambda c: (c["clip"], c["prompt_index"], c["seed"]))
+    return {key: float(np.mean([c["scores"][metric] for c in some])) for key, some in groups.items()}
+
+
+def paired(ours, theirs, metric):
+    """The difference of each pair of cells: (clip, prompt, seed) -> ours minus theirs."""
+    a, b = per_pair(ours, metric), per_pair(theirs, metric)
+    return {key: a[key] - b[key] for key in a if key in b}
+
+
+def test_of(differences, units):
+    """`paired_difference` of differences (n,) from none, and the unit of each, as a dict."""
+    found = paired_difference(differences, np.zeros(len(differences)), units)
+    return dict(zip(("mean", "low", "high", "p"), found))
 
 
 def compare(name, ours, theirs, frechet):
@@ -976,20 +968,17 @@ def compare(name, ours, theirs, frechet):
     """
     metrics, movement = {}, {c["clip"]: c["movement"] for c in ours}
     for m in [m for m in METRICS if m in ours[0]["scores"]]:
-        a, b = per_pair(ours, m), per_pair(theirs, m)
-        keys = [key for key in a if key in b]
-        clips, pairs = [key[0] for key in keys], ([a[key] for key in keys], [b[key] for key in keys])
-        mean, low, high, p = paired_difference(*pairs, clips)
+        pairs = paired(ours, theirs, m)
+        values, clips = [*pairs.values()], [key[0] for key in pairs]
+        motions, n = [movement[clip] for clip in clips], len(set(clips))
+        test = metrics[m] = test_of(values, clips)
         alpha = 0.05 / FAMILY if name in ABLATIONS and m in PRIMARY else 0.05
-        metrics[m] = {"mean": mean, "low": low, "high": high, "p": p,
-                      "detectable": detectable_difference(high - mean, len(set(clips)), alpha=alpha)}
-        motions = [movement[clip] for clip in clips]
-        if m in PRIMARY and 1 < len(set(motions)) < len(set(clips)):
-            mean, low, high, p = paired_difference(*pairs, motions)
-            signs = np.sign(group_means(np.subtract(*pairs), motions))
-            metrics[m]["by_motion"] = {"mean": mean, "low": low, "high": high, "p": p, "motions": len(signs),
-                                       "same_sign": int((signs == np.sign(mean)).sum())}
-    return {"name": name, "against": VARIANTS[name].against, "pairs": len(keys), "clips": len(set(clips)),
+        test["detectable"] = detectable_difference(test["high"] - test["mean"], n, alpha=alpha)
+        if m in PRIMARY and 1 < len(set(motions)) < n:
+            by_motion, signs = test_of(values, motions), np.sign(group_means(values, motions))
+            test["by_motion"] = {**by_motion, "motions": len(signs),
+                                 "same_sign": int((signs == np.sign(by_motion["mean"])).sum())}
+    return {"name": name, "against": VARIANTS[name].against, "pairs": len(pairs), "clips": n,
             "metrics": metrics, "frechet": frechet}
 
 
@@ -1007,107 +996,113 @@ def sentence(comparison):
         test, title = comparison["metrics"][m], METRICS[m][:-2]
         p, rule, tests = ((test["p_holm"], "after Holm", FAMILY) if "p_holm" in test
                           else (test["p"], "exploratory", 1))
-        size, verb = f"{abs(test['mean']):.3f}", "rose" if test["mean"] > 0 else "fell"
-        said = f"{size} (95 % interval {test['low']:+.3f} to {test['high']:+.3f}; {p_text(p)}, {rule})"
-        if not math.isfinite(test["low"]):
-            parts.append(f"{title} {verb} by {size}, but one clip says nothing about chance")
-        elif p < 0.05:
-            # Decided by the test: a clip far out, on the side of the others, widens the interval alone.
-            apart = ("" if test["low"] * test["high"] > 0 else
-                     ": the test by sign flips finds it, the t interval, which single clips widen, holds 0")
-            parts.append(f"{title} {verb} by {said}{apart}")
-        elif test["low"] * test["high"] > 0:
-            parts.append(f"{title} {verb} by {said}: a hint, not a finding")
-        else:
-            # All k clips of one sign give p = 2 / 2^k, times the number of tests after Holm: never less.
-            power = (f"a change of {test['detectable']:.3f} would have shown in four of five such experiments"
-                     if tests * 2 / 2 ** clips < 0.05 else "so few clips could not have shown any")
-            parts.append(f"No change of {title} was detected: it {verb} by {said}; {power}")
+        moved = f"{'rose' if test['mean'] > 0 else 'fell'} by {abs(test['mean']):.3f}"
+        # All k clips of one sign give p = 2 / 2^k, times the number of tests after Holm: never less.
+        if tests * 2 / 2 ** clips >= 0.05:
+            parts.append(f"{title} {moved}, but so few clips say nothing about chance")
+            continue
+        moved += f" (95 % interval {test['low']:+.3f} to {test['high']:+.3f}; {p_text(p)}, {rule})"
+        said = f"{title} {moved}" if p < 0.05 else f"No change of {title} was detected: it {moved}"
+        apart = test["low"] * test["high"] > 0
+        if apart != (p < 0.05):                                      # the test decides
+            said += f"; the t interval, which single clips widen, {'does not hold' if apart else 'holds'} 0"
+        elif not apart:
+            said += (f"; a change of {test['detectable']:.3f} would have shown in four of five such "
+                     "experiments")
+        parts.append(said)
+        unit = test.get("by_motion") if comparison["name"] in ABLATIONS else None
+        if unit:
+            parts.append(f"With the {unit['motions']} motions as units, which the clips repeat: "
+                         f"{interval_text(unit['mean'], unit['low'], unit['high'])}, "
+                         f"{unit['same_sign']} of {unit['motions']} of this sign")
     return f"{comparison['name']} against {comparison['against']}, {clips} clips: {'. '.join(parts)}."
 
 
-def sentence_by_motion(comparison):
-    """The second line of an ablation: its primary tests with motions as units, where motions repeat."""
-    tests = {m: comparison["metrics"][m].get("by_motion") for m in PRIMARY}
-    if comparison["name"] not in ABLATIONS or None in tests.values():
-        return ""
-    parts = [f"{METRICS[m][:-2]} {interval_text(test['mean'], test['low'], test['high'])} in the mean over "
-             f"motions, {test['same_sign']} of {test['motions']} of this sign" for m, test in tests.items()]
-    return (f"{comparison['name']} with the {tests[PRIMARY[0]]['motions']} motions as units, since the clips "
-            f"repeat them: {'; '.join(parts)}.")
-
-
-def interaction(by_name):
+def interaction(cells):
     """Do the two parts need each other? full - no-mqk - no-mv + base, paired; 0 where they simply add up."""
-    if not {"full", "base", *ABLATIONS} <= {*by_name}:
-        return []
+    by_name = grouped(cells, lambda cell: cell["variant"])
     full, no_mqk, no_mv, base = (per_pair(by_name[name], "motion_fidelity")
                                  for name in ("full", *ABLATIONS, "base"))
     keys = [key for key in full if key in no_mqk and key in no_mv and key in base]
-    if len({key[0] for key in keys}) < 2:
+    clips = [key[0] for key in keys]
+    if len(set(clips)) < 2:
         return []
-    together = [full[key] + base[key] for key in keys]
-    mean, low, high, p = paired_difference(together, [no_mqk[key] + no_mv[key] for key in keys],
-                                           [key[0] for key in keys])
-    said = ("together the parts bring more than the sum of what each brings alone" if low > 0 else
-            "together the parts bring less than the sum of what each brings alone" if high < 0 else
-            "the parts add up, as far as these clips show")
+    values = [full[key] + base[key] - (no_mqk[key] + no_mv[key]) for key in keys]
+    mean, low, high, p = paired_difference(values, np.zeros(len(values)), clips)
+    said = (f"together the parts bring {'more' if low > 0 else 'less'} than the sum of what each brings alone"
+            if low * high > 0 else "the parts add up, as far as these clips show")
     return [f"Interaction of MQK and MV in Motion Fidelity (full - no-mqk - no-mv + base, exploratory): "
             f"{interval_text(mean, low, high)}; {p_text(p)}: {said}."]
 
 
-def embeddings_against_none(comparisons):
+def price(comparisons):
     """What the method gains and costs with the same start noise: base - full turned round, in each metric."""
     parts = []
-    for comparison in [c for c in comparisons if c["name"] == "base"]:
-        tests = {METRICS[m][:-2]: (t["mean"], t["low"], t["high"]) for m, t in comparison["metrics"].items()}
-        tests["Fréchet distance"] = comparison["frechet"] or (None,) * 3
-        parts += [f"{title} {interval_text(0.0 - mean, 0.0 - high, 0.0 - low, '+.4f')}" for title, (
-            mean, low, high) in tests.items() if is_known(low)]
+    for c in [c for c in comparisons if c["name"] == "base"]:
+        tests = {METRICS[m][:-2]: (t["mean"], t["low"], t["high"]) for m, t in c["metrics"].items()}
+        tests["Fréchet distance"] = c["frechet"] or (None, None, None)
+        parts += [f"{title} {interval_text(0.0 - mean, 0.0 - high, 0.0 - low, '+.4f')}"
+                  for title, (mean, low, high) in tests.items() if low is not None]
     return [f"full against base, exploratory: {'; '.join(parts)}."] if parts else []
 
 
 def way_to_the_bound(rows):
     """How much of the way in Motion Fidelity from the model unasked to the autoencoder's bound is closed."""
     fidelity = {r["name"]: r["metrics"]["motion_fidelity"][0] for r in rows}
-    if (not {"full", "base", "base-no-inversion", "vae"} <= {*fidelity}
-            or not fidelity["base-no-inversion"] < fidelity["base"] < fidelity["vae"]):
+    start, base, bound = (fidelity.get(name, math.nan) for name in ("base-no-inversion", "base", "vae"))
+    if not start < base < bound:                                     # nor where one of them is missing
         return []
-    way = fidelity["vae"] - fidelity["base-no-inversion"]
-    alone, full = ((fidelity[name] - fidelity["base-no-inversion"]) / way for name in ("base", "full"))
-    ends = f"base-no-inversion ({fidelity['base-no-inversion']:.3f}) to vae ({fidelity['vae']:.3f})"
-    return [f"Of the way in Motion Fidelity from {ends} base alone closes {alone:.2f} and full {full:.2f}: "
+    alone, full = ((value - start) / (bound - start) for value in (base, fidelity["full"]))
+    return [f"Of the way in Motion Fidelity from base-no-inversion ({start:.3f}) to vae ({bound:.3f}) base "
+            f"alone closes {alone:.2f} and full {full:.2f}: "
             f"full closes {(full - alone) / (1 - alone):.2f} of what base leaves."]
 
 
 # ============= BALLOT: User Preference, from a page that people vote on to shares with intervals ============
 
 VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
-
-# Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8. id and the
-# keys of candidates are opaque; every question has a candidate of every variant of the ballot. caption, what
-# the reference shows, is the prompt of an attention check.
-Question = collections.namedtuple("Question", "id prompt reference candidates caption")
 FEW = 5                                              # participants below which shares are no result yet
-Vote = collections.namedtuple("Vote", "participant question choice")     # choice: the id of a candidate
+
+# Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8; candidates:
+# id -> frames, one of every variant; caption, what the reference shows, is the prompt of an attention check.
+Question = collections.namedtuple("Question", "id prompt reference candidates caption")
+Vote = collections.namedtuple("Vote", "participant variant")
+
+
+def opaque(letter, *what):
+    """An id that tells nothing. It begins with a letter, or a spreadsheet takes 728957227716 for a number."""
+    return letter + digest(*what)
 
 
 def make_ballot(lab, most=20):
     """Writes, from finished cells, ballot.html, on which people vote, and ballot.json, all that counting
-    takes. It never goes into the page: it names the variants and the right answers of the checks.
+    takes. It never goes into the page: it names the variants and the right answers of the checks. A
+    candidate's id is a hash of its file: only who holds the cells can tell what it is.
     """
-    s, file, page = lab.settings, lab.paths.out / "ballot.json", lab.paths.out / "ballot.html"
-    if len(s.ballot_variants) < 2 or any(VARIANTS[name].own_prompt for name in s.ballot_variants):
-        raise UserError("--ballot-variants takes two or more variants that show the target prompts")
-    questions, variant_of = ballot_questions(lab, most)
+    s, questions, variant_of = lab.settings, [], {}
+    grid = itertools.product(lab.clips, range(s.prompt_count), range(s.seed_count))
+    asked = [[Cell(VARIANTS[name], *place) for name in BALLOT_VARIANTS] for place in grid]
+    ready = [cells for cells in asked if all(lab.paths.sample(cell).exists() for cell in cells)]
+    if not ready:
+        raise UserError(f"no sample has a finished cell of each of {', '.join(BALLOT_VARIANTS)}")
+    for n in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int):
+        first, candidates = ready[n][0], {}
+        for cell in ready[n]:
+            file = lab.paths.sample(cell)
+            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
+            with mini_mi.built_from(file, "is damaged"):
+                candidates[key], variant_of[key] = read_arrays(file)["frames"], cell.variant.name
+        questions.append(Question(opaque("q", *first.key), first.prompt, first.clip.frames, candidates,
+                                  first.clip.caption))
     run_id = opaque("r", sorted(variant_of))
     checks = attention_checks(questions, run_id)
-    ballot = {"run": run_id, "variants": s.ballot_variants,
+    ballot = {"run": run_id, "variants": [*BALLOT_VARIANTS],
               "questions": {q.id: {key: variant_of[key] for key in q.candidates} for q in questions},
-              "checks": {q.id: {"right": right, "candidates": list(q.candidates)} for q, right in checks}}
+              "checks": {q.id: {"right": right, "candidates": [*q.candidates]} for q, right in checks}}
+    file, page = lab.paths.out / "ballot.json", lab.paths.out / "ballot.html"
     if file.exists() and mini_mi.read_json(file) != ballot:
-        raise UserError(f"{file} is of another ballot: votes that were given on it could not be counted any "
-                        "more; delete it to ask anew")
+        raise UserError(f"{file} is of another ballot, whose votes could not be counted any more; "
+                        "delete it to ask anew")
     # A worked example, which data/ballot.html explains. No motion that is tested is in it.
     right, wrong = "a yellow star on a teal plain background", "a red circle on a brown striped background"
     clips = {key: world.render(world.scene(3, [motion], text)) for key, motion, text in (
@@ -1118,36 +1113,6 @@ def make_ballot(lab, most=20):
     write_text(file, json.dumps(ballot, indent=1))
     print(f"{page}: {len(questions)} questions and {len(checks)} attention checks; give it to people as it "
           f"is, keep {file.name} to yourself, and count what they save with --votes")
-
-
-def ballot_questions(lab, most):
-    """At most so many questions, spread over finished cells -> (list of Question, candidate id -> variant).
-    A candidate's id is a hash of its file: only who holds the cells can tell what it is.
-    """
-    s, questions, variant_of = lab.settings, [], {}
-    ready = []
-    for clip, prompt_index, seed in itertools.product(lab.clips, range(s.prompt_count), range(s.seed_count)):
-        files = {name: lab.paths.sample(Cell(VARIANTS[name], clip, prompt_index, seed))
-                 for name in s.ballot_variants}
-        if all(file.exists() for file in files.values()):
-            ready.append((clip, prompt_index, seed, files))
-    if not ready:
-        raise UserError(f"no sample has a finished cell of each of {', '.join(s.ballot_variants)}")
-    for n in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int):
-        (clip, prompt_index, seed, files), candidates = ready[n], {}
-        for name, file in files.items():
-            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
-            with mini_mi.built_from(file, "is damaged"):
-                candidates[key], variant_of[key] = read_arrays(file)["frames"], name
-        questions.append(Question(
-            opaque("q", clip.name, prompt_index, seed), clip.prompts[prompt_index], clip.frames,
-            candidates, clip.caption))
-    return questions, variant_of
-
-
-def opaque(letter, *what):
-    """An id that tells nothing. It begins with a letter, or a spreadsheet takes 728957227716 for a number."""
-    return letter + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 
 def attention_checks(questions, run_id):
@@ -1208,50 +1173,34 @@ def film_strip(frames, most=320, lossless=128):
     return {"frames": count, "src": f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"}
 
 
-def count_votes(paths, file):
-    """Votes in files and folders, counted by a ballot.json -> what results.json says of User Preference."""
-    if not file.exists():
-        raise UserError(f"{file} is missing: votes need the --ballot that they were given on")
-    ballot = mini_mi.read_json(file)
-    with mini_mi.built_from(file):
-        variant_of = {key: name for candidates in ballot["questions"].values()
-                      for key, name in candidates.items()}
-        votes, notes = read_votes(paths, ballot)
-    return {"shares": preference(votes, variant_of), "tests": preference_tests(votes, variant_of),
-            "notes": notes}
-
-
 def read_votes(paths, ballot):
-    """Votes from files, and folders of files, that participants saved -> (list of Vote, notes).
-    Each question of each participant counts once: its last answer, files taken in the order given. Whoever
-    did not give the right answer to every attention check is left out; a file that is not of this run, too.
-    notes tell it, a line each. ballot: as ballot.json keeps it.
+    """The files, in folders too, that participants saved -> (list of Vote, notes).
+    Each question of each participant counts once, as the last file has it: a browser saves a second time as
+    "votes-ID (1).csv", so the longer name is the later one. Whoever did not give the right answer to every
+    attention check is left out; a file that is not of this run, too. notes tell it, a line each.
     """
-    answers, notes = {}, []
-    for path in map(Path, paths):
-        # A browser saves a second time as "votes-ID (1).csv": the longer name is the later one.
-        files = sorted(path.glob("*.csv"), key=lambda f: (len(f.name), f.name)) if path.is_dir() else [path]
-        notes += [] if files else [f"{path}: no .csv file in it"]
-        for file in files:
-            try:
-                answers |= read_ballot(file, ballot)
-            except (OSError, ValueError, csv.Error) as e:            # text that is not UTF-8 is a ValueError
-                notes.append(f"{file} left out: {' '.join(str(e).split())}")
+    answers, notes, checks = {}, [], ballot["checks"]
+    files = [file for path in map(Path, paths) for file in (path.glob("*.csv") if path.is_dir() else [path])]
+    for file in sorted(files, key=lambda f: (len(f.name), f.name)):
+        try:
+            answers |= read_ballot(file, ballot)
+        except (OSError, ValueError, csv.Error) as e:                # text that is not UTF-8 is a ValueError
+            notes.append(f"{file} left out: {mini_mi.one_line(e)}")
     people = {person for person, _ in answers}
-    careful = {person for person in people if all(answers.get((person, question)) == check["right"]
-                                                  for question, check in ballot["checks"].items())}
+    careful = {person for person in people
+               if all(answers.get((person, question)) == checks[question]["right"] for question in checks)}
     if careful != people:
         notes.append(f"{len(people - careful)} of {len(people)} participants left out: not all of the "
-                     f"{len(ballot['checks'])} attention checks passed")
-    return [Vote(person, question, choice) for (person, question), choice in answers.items()
-            if person in careful and question in ballot["questions"]], notes
+                     f"{len(checks)} attention checks passed")
+    return [Vote(person, ballot["questions"][question][choice]) for (person, question), choice
+            in answers.items() if person in careful and question not in checks], notes
 
 
 def read_ballot(file, ballot):
     """A saved file -> (participant, question id) -> choice; ValueError says which cell is not of this run."""
     candidates = {**ballot["questions"],
                   **{key: check["candidates"] for key, check in ballot["checks"].items()}}
-    found, text = {}, Path(file).read_text(encoding="utf-8-sig")
+    found, text = {}, file.read_text(encoding="utf-8-sig")
     # Spreadsheets begin a file with a mark, and some write semicolons.
     reader = csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ",")
     for row in reader:
@@ -1270,28 +1219,20 @@ def read_ballot(file, ballot):
     return found
 
 
-def preference(votes, variant_of):
-    """The share of all votes per variant -> name -> dict(share, low, high, n, participants, chance, note).
-    variant_of: candidate id -> variant; every question shows all variants, so chance is one in their number.
-    note: says it when few people voted.
+def preference(votes, notes, variants):
+    """User Preference of votes, a list of Vote, as results.json has it -> shares, tests, and notes.
+    Every question shows all variants, so chance is one in their number. tests: is `full` chosen more often
+    than an ablation? The difference of shares averages over participants, whose signs flip as a whole.
     """
-    names, people, found = list(dict.fromkeys(variant_of.values())), [v.participant for v in votes], {}
-    note = f"a trial with fewer than {FEW} participants, not a result" if len(set(people)) < FEW else ""
-    for name in names if votes else ():
-        wins = [int(variant_of[v.choice] == name) for v in votes]
+    people, shares = [v.participant for v in votes], {}
+    chosen = {name: [int(v.variant == name) for v in votes] for name in variants if votes}
+    for name, wins in chosen.items():
         low, high = share_interval(wins, people)
-        found[name] = {"share": sum(wins) / len(wins), "low": low, "high": high, "n": len(wins),
-                       "participants": len(set(people)), "chance": 1 / len(names), "note": note}
-    return found
-
-
-def preference_tests(votes, variant_of):
-    """Is `full` chosen more often than an ablation? -> name -> (mean, low, high, p); see `paired_difference`.
-    mean: the difference of their shares, averaged over participants, whose signs are flipped as a whole.
-    """
-    picked, people = [variant_of[v.choice] for v in votes], [v.participant for v in votes]
-    return {name: paired_difference(*([int(p == one) for p in picked] for one in ("full", name)), people)
-            for name in ABLATIONS if votes and {"full", name} <= {*variant_of.values()}}
+        shares[name] = {"share": sum(wins) / len(wins), "low": low, "high": high, "n": len(wins),
+                        "participants": len(set(people)), "chance": 1 / len(variants)}
+    tests = {name: paired_difference(chosen["full"], chosen[name], people) for name in ABLATIONS if votes}
+    few = [f"a trial with fewer than {FEW} participants, not a result"] if 0 < len(set(people)) < FEW else []
+    return {"shares": shares, "tests": tests, "notes": notes + few}
 
 
 # ========================= REPORT: results.json, results.md, results.svg, report.html =======================
@@ -1302,20 +1243,17 @@ def write_text(path, text):
         Path(temporary).write_text(text, encoding="utf-8", newline="\n")
 
 
-def is_known(value):
-    """There and finite. JSON has no infinity: the interval of one clip is null there."""
-    return value is not None and math.isfinite(value)
-
-
 def number(value, form=".3f"):
-    """0.1234 -> "0.123"; what is missing or not finite is a dash."""
-    return format(value, form) if is_known(value) else "–"
+    """0.1234 -> "0.123"; what is missing is a dash."""
+    return "–" if value is None else format(value, form)
 
 
 def plus_minus(triple, form=".3f"):
-    """(mean, low, high) around the mean -> "0.123 ± 0.022"."""
-    half = triple[2] - triple[0] if triple and is_known(triple[2]) else None
-    return f"{number(triple[0], form)} ± {number(half, form.lstrip('+'))}" if triple else "–"
+    """(mean, low, high) around the mean -> "0.123 ± 0.022"; without an interval that is a dash."""
+    if triple is None:
+        return "–"
+    half = None if triple[2] is None else triple[2] - triple[0]
+    return f"{number(triple[0], form)} ± {number(half, form.lstrip('+'))}"
 
 
 def interval_text(mean, low, high, form="+.3f"):
@@ -1325,18 +1263,16 @@ def interval_text(mean, low, high, form="+.3f"):
 
 def document(results):
     """What results.md and report.html both say: name -> sentences, or a table as a list of (head -> text)."""
-    rows, judges = results["rows"], results["judges"]
-    parts, distance = collections.defaultdict(list), f"Fréchet distance ({judges['frechet']} features) ↓"
-    people = {r["name"]: r["preference"] for r in rows if r["preference"]}
+    rows, judges, parts = results["rows"], results["judges"], collections.defaultdict(list)
+    distance, voted = f"Fréchet distance ({judges['frechet']} features) ↓", results["preference"]["shares"]
     for r in rows:
-        cost, vote = r["cost"], people.get(r["name"])
-        waits = "no votes yet" if not people and r["name"] in BALLOT_VARIANTS else "–"
+        vote, waits = r["preference"], not voted and r["name"] in BALLOT_VARIANTS
         metrics = [(METRICS[m], interval_text(*triple, ".3f") if m == "attributes" else plus_minus(triple))
                    for m, triple in r["metrics"].items() if m != "shape_frames"]
         parts["main"].append({
             "variant": r["name"], **dict(metrics[:3]), distance: plus_minus(r["frechet"], ".4f"),
-            "User Preference ↑": interval_text(
-                vote["share"], vote["low"], vote["high"], ".3f") if vote else waits,
+            "User Preference ↑": interval_text(vote["share"], vote["low"], vote["high"], ".3f") if vote else
+                                 "no votes yet" if waits else "–",
             **dict(metrics[3:]), "n (clips)": f"{r['n']} ({r['clips']})"})
         parts["details"].append({
             "variant": r["name"], "frames": str(r["frames"]),
@@ -1345,38 +1281,33 @@ def document(results):
             METRICS["shape_frames"]: plus_minus(r["metrics"].get("shape_frames")),     # older runs lack it
             "tracks that Motion Fidelity rests on": f"{r['moving_tracks']:.0f} of {r['tracks']:.0f} "
                                                     f"(fewest {r['fewest_moving']})",
-            "samples without any": str(r["still"]), "training s": number(cost["train_seconds"], ".1f"),
-            "sampling s": number(cost["sample_seconds"], ".2f"),
-            "training memory, MiB of GPU": number(cost["memory"], ".0f"),
-            "embedding parameters": number(cost["parameters"], ",.0f")})
+            "samples without any": str(r["still"]), "training s": number(r["cost"]["train_seconds"], ".1f"),
+            "sampling s": number(r["cost"]["sample_seconds"], ".2f"),
+            "embedding parameters": number(r["cost"]["parameters"], ",.0f")})
     parts["main"].append({**dict.fromkeys(parts["main"][0], "–"), "variant": "real from real",
                           distance: number(rows[0]["frechet_floor"], ".4f")})
-    for c, said in zip(results["comparisons"], results["sentences"]):
-        asked = c["name"] in ABLATIONS
-        parts["answers" if asked else "others"].append(said)
-        parts["answers"] += [results["by_motion"][c["name"]]] if c["name"] in results["by_motion"] else []
+    for c in results["comparisons"]:
+        parts["answers" if c["name"] in ABLATIONS else "others"].append(sentence(c))
         parts["differences"].append({"difference": f"{c['name']} (from {c['against']})", **{
             METRICS[m]: plus_minus((t["mean"], t["low"], t["high"]), "+.3f")
             + (f" ({p_text(t['p_holm'])}, Holm)" if "p_holm" in t else f" ({p_text(t['p'])})")
             for m, t in c["metrics"].items()}, distance: plus_minus(c["frechet"], "+.4f")})
-    parts["answers"] += results["further"]
+    parts["answers"] += interaction(results["cells"]) + price(results["comparisons"]) + way_to_the_bound(rows)
     parts["expected"] = [f"{r['name']}: {r['expected']}" for r in rows]
     parts["votes"] = [
-        *(f"User Preference of {name}: {v['n']} votes of {v['participants']} people, chance {v['chance']:.3f}"
-          f"{v['note'] and ': ' + v['note']}." for name, v in people.items()),
+        "User Preference: " + (
+            "{n} votes of {participants} people, chance {chance:.3f}.".format_map(voted["full"]) if voted
+            else "no votes yet; --ballot writes the page, --votes counts."),
         *(f"User Preference, full against {name}: {plus_minus(test, '+.3f')} of the votes, {p_text(p)} "
           "by sign flips over participants." for name, (*test, p) in results["preference"]["tests"].items()),
         *results["preference"]["notes"]]
-    if not people:
-        parts["votes"].append("User Preference: no votes yet; --ballot writes the page, --votes counts.")
     parts["notes"] = [
         f"Judges: {judges['clip']} for texts and frames; tracker {judges['tracker']}. The Fréchet distance "
         f"compares {judges['frechet']} features with those of {judges['real']}.",
         "Chance level of Motion Fidelity, against reference clips of other motions: "
         f"{plus_minus(results['chance'])}.", *parts["votes"]]
-    run = results["run"]
-    parts["run"] = [f"{run['command']}, {run['date']}, {run['machine']}: {run['computed']} cells made in "
-                    f"{run['minutes']:.1f} minutes; finished: {results['finished']} of {results['planned']}."]
+    parts["run"] = ["{command}, {date}, {machine}: {computed} cells made in {minutes:.1f} minutes; finished: "
+                    "{finished} of {planned}.".format_map({**results, **results["run"]})]
     return parts
 
 
@@ -1400,45 +1331,38 @@ def as_html(part):
     return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in part)}</ul>"
 
 
-def panel(title, marks, left, top, names):
-    """One metric in SVG: each variant's mean as a point, its interval as a line across it.
-    marks: variant -> (mean, low, high), or None; left, top: corner of the plot, which has the title above it
-    and, if asked for, the names on its left.
-    """
-    ends = sorted([0.0, *(v for triple in marks.values() for v in triple or () if is_known(v))])
-    unit, bottom = 180 / max(ends[-1] - ends[0], 1e-9), top + 19 * len(marks)
-    x = {v: round(left + 12 + unit * (v - ends[0]), 1) for v in ends}
-    out = [f'<text class="title" x="{left}" y="{top - 6}">{html.escape(title)}</text>',
-           f'<path d="M{x[0.0]} {top}V{bottom}"/>']
-    for y, (name, triple) in zip(range(top + 10, bottom, 19), marks.items()):
-        if names:
-            out.append(f'<text x="{left - 4}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>')
-        if not triple:
-            continue
-        mean, low, high = triple
-        line = f'<path d="M{x[low]} {y}H{x[high]}"/>' if is_known(low) else ""
-        out.append(f'<g class="mark {"ablation" if name in ABLATIONS else ""}">'
-                   f'<circle cx="{x[mean]}" cy="{y}" r="3.5"/>{line}</g>')
-    # Numbers under the axis: zero, and the outermost ends where they have room.
-    ticks = {0.0: "0", **{v: number(v, "+.2f") for v in (ends[0], ends[-1]) if abs(x[v] - x[0.0]) > 34}}
-    return "".join([*out, *(f'<text x="{x[v]}" y="{bottom + 14}" text-anchor="middle">{text}</text>'
-                            for v, text in ticks.items())])
-
-
 def forest_plot(results):
-    """Every metric's difference from full, a panel each -> SVG."""
+    """Every metric's difference from full, a panel each, as SVG: the mean is a point, its interval a line."""
     # Variants from plain noise answer another question, and lie so far off that all others would be squeezed.
     comparisons = [c for c in results["comparisons"] if VARIANTS[c["name"]].prior]
-    panels, left, width, height = [], 132, 236, 19 * len(comparisons) + 58            # names are on the left
-    shown = [m for m in results["rows"][0]["metrics"] if m != "shape_frames"]
-    for n, m in enumerate([*shown, "frechet"]):
-        title = METRICS.get(m, f"Fréchet distance ({results['judges']['frechet']}) ↓")
-        marks = {c["name"]: c["frechet"] for c in comparisons} if m == "frechet" else {
-            c["name"]: [c["metrics"][m][key] for key in ("mean", "low", "high")] for c in comparisons}
-        panels.append(panel(title, marks, left + n % 3 * width, n // 3 * height + 22, names=n % 3 == 0))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 3 * width} '
+    panels = {METRICS[m]: {c["name"]: [c["metrics"][m][end] for end in ("mean", "low", "high")]
+                           for c in comparisons}
+              for m in results["rows"][0]["metrics"] if m != "shape_frames"}
+    panels[f"Fréchet distance ({results['judges']['frechet']}) ↓"] = {
+        c["name"]: c["frechet"] for c in comparisons}
+    out, names_width, width, height = [], 132, 236, 19 * len(comparisons) + 58
+    for n, (title, marks) in enumerate(panels.items()):
+        left, top = names_width + n % 3 * width, 22 + n // 3 * height
+        ends = sorted([0.0, *(v for triple in marks.values() for v in triple or () if v is not None)])
+        unit, bottom = 180 / max(ends[-1] - ends[0], 1e-9), top + 19 * len(marks)
+        x = {v: round(left + 12 + unit * (v - ends[0]), 1) for v in ends}
+        out += [f'<text class="title" x="{left}" y="{top - 6}">{html.escape(title)}</text>',
+                f'<path d="M{x[0.0]} {top}V{bottom}"/>']
+        for y, (name, triple) in zip(range(top + 10, bottom, 19), marks.items()):
+            if n % 3 == 0:
+                out.append(f'<text x="{left - 4}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>')
+            if triple:
+                mean, low, high = triple
+                line = "" if low is None else f'<path d="M{x[low]} {y}H{x[high]}"/>'
+                out.append(f'<g class="mark {"ablation" if name in ABLATIONS else ""}">'
+                           f'<circle cx="{x[mean]}" cy="{y}" r="3.5"/>{line}</g>')
+        # Numbers under the axis: zero, and the outermost ends where they have room.
+        ticks = {0.0: "0", **{v: f"{v:+.2f}" for v in (ends[0], ends[-1]) if abs(x[v] - x[0.0]) > 34}}
+        out += [f'<text x="{x[v]}" y="{bottom + 14}" text-anchor="middle">{text}</text>'
+                for v, text in ticks.items()]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {names_width + 3 * width} '
             f'{height * math.ceil(len(panels) / 3)}" role="img" aria-label="Differences from full">'
-            f'{"".join(panels)}</svg>')
+            f'{"".join(out)}</svg>')
 
 
 def moving_clip(frames, label):
@@ -1452,55 +1376,43 @@ def moving_clip(frames, label):
 
 def clip_rows(lab, most=12):
     """For the first clips and each prompt the reference and the first seed of every variant, as HTML."""
-    parts, cells = [], [cell for cell in lab.cells if cell.seed == 0 and cell.train_seed == 0]
+    parts = []
     for clip, prompt_index in itertools.product(lab.clips[:most], (*range(lab.settings.prompt_count), -1)):
-        shown = {cell.variant.name: once(lab.paths.sample(cell)) for cell in cells
-                 if cell.clip is clip and cell.prompt_index == prompt_index}
-        figures = [moving_clip(shown[name]["frames"], name)
-                   for name in lab.settings.variants if shown.get(name)]
-        text = f"its own caption: {clip.caption}"
-        if prompt_index >= 0:
-            text = f"prompt: {clip.prompts[prompt_index]}"
+        cells = [Cell(VARIANTS[name], clip, prompt_index, seed=0) for name in lab.settings.variants]
+        found = [(cell.variant.name, once(lab.paths.sample(cell))) for cell in cells]
+        figures = [moving_clip(sample["frames"], name) for name, sample in found if sample]
+        text = html.escape(f"{'prompt' if prompt_index >= 0 else 'its own caption'}: {cells[0].prompt}")
         parts += [f"<h3>{html.escape(clip.name)}</h3>"] if prompt_index == 0 else []
-        parts += [f'<p class="soft">{html.escape(text)}</p><div class="clips">'
-                  f'{moving_clip(clip.frames, "reference")}{"".join(figures)}</div>'] if figures else []
+        parts += [f'<p class="soft">{text}</p><div class="clips">{moving_clip(clip.frames, "reference")}'
+                  f'{"".join(figures)}</div>'] if figures else []
     return "".join(parts)
 
 
 def write_report(out, results, lab=None):
     """Writes the four files of the report; prints the table and the sentences. Without a lab the page keeps
-    the clips and figures that it has: votes are counted where there may be no cells.
+    the clips that it has: votes are counted where there may be no cells.
     """
-    parts, forest = document(results), forest_plot(results)
-    # JSON has no infinity: what is not finite becomes null.
-    known = json.loads(json.dumps(results), parse_constant=lambda name: None)
-    write_text(out / "results.json", json.dumps(known, indent=1))
-    page = (mini_mi.HERE / "data" / "report.html").read_text(encoding="utf-8")
-    style = re.search("<style>.*?</style>", page, re.DOTALL)[0]
-    write_text(out / "results.svg", forest.replace(">", f">{style}", 1))
+    parts, forest, path = document(results), forest_plot(results), out / "report.html"
+    write_text(out / "results.json", json.dumps(results, indent=1))
     order = "main", "others", "differences", "details", "notes", "run"
     write_text(out / "results.md", "\n\n".join([
         as_markdown(parts["answers"]), "![Differences from the full method, 95 % intervals](results.svg)",
         *(as_markdown(parts[name]) for name in order)]) + "\n")
-    with_pixels = re.compile("<!-- pixels -->.*<!-- /pixels -->", re.DOTALL)
-    page = string.Template(page).substitute(
-        {name: as_html(parts[name]) for name in ("answers", "expected", *order)}, forest=forest,
-        clips=clip_rows(lab) if lab else "")
-    if lab is None:
-        old = (out / "report.html").read_text(encoding="utf-8") if (out / "report.html").exists() else ""
-        kept = with_pixels.search(old)
-        page = with_pixels.sub(lambda _: kept[0] if kept else "", page)
-    write_text(out / "report.html", page)
-    table = [parts["main"][0], *(line.values() for line in parts["main"])]
-    print("\n" + "\n".join("".join(f"{text:27}" for text in list(line)[:6]).rstrip() for line in table))
-    print("\n" + "\n".join([*parts["answers"], *parts["others"], *parts["votes"]]))
-    print(f"\n{out / 'report.html'}")
+    template = (mini_mi.HERE / "data" / "report.html").read_text(encoding="utf-8")
+    style = re.search("<style>.*?</style>", template, re.DOTALL)[0]
+    write_text(out / "results.svg", forest.replace(">", f">{style}", 1))
+    clips = clip_rows(lab) if lab else ""
+    if path.exists() and lab is None:
+        clips = path.read_text("utf-8").partition("<!-- clips -->")[2].partition("<!-- /clips -->")[0]
+    write_text(path, string.Template(template).substitute(
+        {name: as_html(parts[name]) for name in ("answers", "expected", *order)}, forest=forest, clips=clips))
+    shown = (as_markdown(parts[name]) for name in ("main", "answers", "others", "votes"))
+    print("", *shown, path, sep="\n\n")
 
 
 # =============================================== COMMAND LINE ===============================================
 
 COUNT = 1, 1e6
-AFTERWARDS = "out", "report", "ballot", "ballot_variants", "votes"        # settings that no cell depends on
 
 
 @dataclasses.dataclass
@@ -1525,7 +1437,6 @@ class Settings(mini_mi.SharedConfig):
                         choices=("float32", "bfloat16", "float16"))
     report: bool = option("output", False, "only the report again, of finished cells or else of results.json")
     ballot: bool = option("output", False, "only write ballot.html, on which people vote, of finished cells")
-    ballot_variants: str = option("output", ",".join(BALLOT_VARIANTS), "what people choose from")
     votes: list = option("output", None, "only count the files, in folders too, that voters saved")
     # What only the model's folder says: the ballot's frames per second; that it knows data/world.py alone.
     fps: float = 8
@@ -1541,17 +1452,15 @@ def parse(argv=None):
     s.device = mini_mi.pick_device(s.device)
     if s.device == "cuda":                         # under torchrun every process of a machine takes its own
         # Where each task sees one card, as SLURM can have it, that is the one.
-        card = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.device_count() > 1 else 0
+        card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         s.device = mini_mi.pick_device(f"cuda:{card}")
     s.dtype = s.dtype or ("float16" if s.device.startswith("cuda") and not s.world else "float32")
-    for option_name in ("variants", "ballot_variants"):
-        names = getattr(s, option_name).replace(",", " ").split()
-        if unknown := [name for name in names if name not in VARIANTS]:
-            raise UserError(f"--{option_name.replace('_', '-')}: {unknown[0]} is none of "
-                            f"{', '.join(VARIANTS)}")
-        setattr(s, option_name, list(dict.fromkeys(names)))
+    names = s.variants.replace(",", " ").split()
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"--variants: {name} is none of {', '.join(VARIANTS)}")
     # `full`, and what some of them are held against, come along.
-    s.variants = list(dict.fromkeys(["full", *s.variants, *(VARIANTS[name].against for name in s.variants)]))
+    s.variants = list(dict.fromkeys(["full", *names, *(VARIANTS[name].against for name in names)]))
     if s.report + s.ballot + bool(s.votes) > 1:
         raise UserError("--report, --ballot and --votes are three jobs: one after the other")
     for path in s.votes or ():
@@ -1561,64 +1470,35 @@ def parse(argv=None):
 
 
 def run(s):
-    """The report, the ballot or the votes; else this rank's part of the grid, then the first one's report."""
-    out, began = Path(s.out), time.perf_counter()
+    """The ballot, the votes or the report; else this rank's part of the grid, then the first one's report."""
+    out, older = Path(s.out), {}
+    if s.ballot:
+        return make_ballot(Lab(s))
+    if (s.report or s.votes) and (out / "results.json").exists():
+        older = mini_mi.read_json(out / "results.json")
     if s.votes or s.report and not (out / "cells").is_dir():
-        if not (out / "results.json").exists():
+        if not older:
             raise UserError(f"{out} has no finished cell of this grid, and no results.json: change --out")
-        results = mini_mi.read_json(out / "results.json")
         if s.votes:
-            results["preference"] = count_votes(s.votes, out / "ballot.json")
+            ballot = mini_mi.read_json(out / "ballot.json")
+            older["preference"] = preference(*read_votes(s.votes, ballot), ballot["variants"])
         with mini_mi.built_from(out / "results.json"):
-            results = analyse(results)
+            results = analyse(older)
         return write_report(out, results)
-    if s.report or s.ballot:
-        lab = Lab(s)
-        if s.ballot:
-            return make_ballot(lab)
-        measured = collect(lab)
-        return write_report(out, analyse({"run": signature(s, 0, 0.0), **measured}), lab)
-
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        # Nothing is sent but the word that a rank is done, after hours perhaps.
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    wait = torch.distributed.barrier if ranks > 1 else lambda: None
-    # Ranks that share a cache must not download into it at once: the first one goes ahead, then the first of
-    # every machine, then the rest. The first one counts before any other can begin.
-    lab = None
-    for my_turn in (rank == 0, os.environ.get("LOCAL_RANK") == "0", True):
-        if my_turn and lab is None:
-            lab = Lab(s)
-            missing = sum(not lab.paths.is_finished(cell) for cell in lab.cells)
-            # What cannot work shows now and not after hours: schedules too short, judges not there.
-            lab.pipeline.models.scheduler.timesteps(s.sample_steps, s.t_min)
-            lab.pipeline.models.scheduler.timesteps(s.invert_steps)
-            lab.judges.reference(lab.clips[0])
-        wait()
-    run_experiment(lab, ranks, rank)
-    wait()
-    if rank == 0:
-        made = signature(s, missing, (time.perf_counter() - began) / 60)
-        write_report(out, analyse({"run": made, **collect(lab)}), lab)
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
-
-
-def signature(s, computed, minutes):
-    """What made the numbers: command, machine, versions. A report that is rebuilt keeps that of its run."""
-    if s.report and (Path(s.out) / "results.json").exists():
-        older = mini_mi.read_json(Path(s.out) / "results.json")
-        grid = {key: value for key, value in dataclasses.asdict(s).items() if key not in AFTERWARDS}
-        if grid.items() <= older.get("settings", {}).items():
-            return older.get("run")
-    machine = (torch.cuda.get_device_name(s.device) if s.device.startswith("cuda")
-               else f"{os.cpu_count()} CPU cores ({platform.machine()})")
-    return {"command": " ".join(["python eval_mi.py", *map(shlex.quote, sys.argv[1:])]),
-            "date": time.strftime("%Y-%m-%d"), "machine": machine,
+    lab, computed, minutes = (Lab(s), 0, 0.0) if s.report else run_experiment(s)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    on_gpu = s.device.startswith("cuda")
+    made = {"command": f"python eval_mi.py {shlex.join(sys.argv[1:])}", "date": time.strftime("%Y-%m-%d"),
+            "machine": torch.cuda.get_device_name(s.device) if on_gpu else
+                       f"{os.cpu_count()} CPU cores ({platform.machine()})",
             "ranks": int(os.environ.get("WORLD_SIZE", 1)), "computed": computed, "minutes": minutes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "scipy": scipy.__version__}}
+    results = {"run": made, **collect(lab)}
+    if results["cells"] == older.get("cells"):       # they keep the note on the run that made them, and votes
+        results |= {"run": older["run"], "preference": older.get("preference")}
+    write_report(out, analyse(results), lab)
 
 
 def main(argv=None):
@@ -1793,11 +1673,9 @@ class InceptionV3(InceptionBlock):
     @functools.cache
     def pretrained(cls, device="cpu"):
         """The published weights, fetched once and checked against the SHA-256 in their name."""
-        try:
+        with mini_mi.built_from(cls.URL, "cannot be fetched", "check the network"):
             tensors = torch.hub.load_state_dict_from_url(cls.URL, map_location="cpu", check_hash=True,
                                                          weights_only=True)
-        except (OSError, RuntimeError) as e:                       # no network; or another hash
-            raise UserError(f"cannot fetch {cls.URL} ({e}): check the network") from None
         model = cls()
         model.load_state_dict(tensors)
         return model.to(device).eval().requires_grad_(False)

@@ -77,19 +77,14 @@ def answers(wish):
 # --------------------------------------------------------------------------------------------- reading votes
 
 def test_votes_are_merged_each_question_once(tmp_path):
-    save(tmp_path / "votes-a.csv", rows_of("a", answers(WISHES["touch"])))
-    (tmp_path / "more").mkdir()
-    # The same participant saved again after a change of mind: a browser adds (1) and (10) to the name.
-    changed = answers(["base", "full", "no-mqk", "base"])
-    save(tmp_path / "more" / "votes-b (10).csv", rows_of("b", answers(WISHES["keyboard"])))
-    save(tmp_path / "more" / "votes-b (2).csv", rows_of("b", changed))
-    shutil.copy(tmp_path / "more" / "votes-b (10).csv", tmp_path / "copy.csv")
-    (tmp_path / "more" / "readme.txt").write_text("no votes")
-    paths = [tmp_path / "votes-a.csv", tmp_path / "more", tmp_path / "copy.csv"]
+    paths = [tmp_path / f"votes-{name}.csv" for name in ("b (10)", "b (2)", "a")]
+    save(paths[2], rows_of("a", answers(WISHES["touch"])))
+    # The same participant saved again after a change of mind: a browser adds (2) and (10) to the name.
+    save(paths[0], rows_of("b", answers(WISHES["keyboard"])))
+    save(paths[1], rows_of("b", answers(["base", "full", "no-mqk", "base"])))
     votes, notes = eval_mi.read_votes(paths, BALLOT)
-    assert {(v.participant, v.question): v.choice for v in votes} == {
-        (p, q): c for p, wish in (("a", "touch"), ("b", "keyboard")) for q, c in answers(WISHES[wish]).items()
-        if q not in RIGHT}
+    assert votes == [eval_mi.Vote(p, variant) for p, wish in (("a", "touch"), ("b", "keyboard"))
+                     for variant in WISHES[wish]]
     assert len(votes) == 8 and notes == []
 
 
@@ -109,7 +104,7 @@ def test_who_fails_a_check_is_left_out_and_counted(tmp_path, careless):
         del chosen[check]
     save(tmp_path / "a.csv", rows_of("a", chosen))
     save(tmp_path / "b.csv", rows_of("b", answers(WISHES["keyboard"])))
-    votes, notes = eval_mi.read_votes([tmp_path], BALLOT)
+    votes, notes = eval_mi.read_votes([tmp_path / "a.csv", tmp_path / "b.csv"], BALLOT)
     assert {v.participant for v in votes} == {"b"} and len(votes) == 4
     assert len(notes) == 1 and notes[0].startswith("1 of 2 participants left out")
 
@@ -141,46 +136,44 @@ def test_a_file_that_is_not_of_this_run_is_named_in_one_line(tmp_path, content, 
     assert notes[0].startswith(f"{bad} left out: ") and "\n" not in notes[0]
 
 
-def test_a_file_that_is_not_there_is_an_error_and_an_empty_folder_is_told(tmp_path):
+def test_a_file_that_is_not_there_is_an_error_and_no_vote_is_no_number(tmp_path):
     with pytest.raises(mini_mi.UserError, match="nowhere"):
         eval_mi.parse(["--votes", str(tmp_path / "nowhere")])
-    assert eval_mi.read_votes([tmp_path], BALLOT) == ([], [f"{tmp_path}: no .csv file in it"])
-    assert eval_mi.preference([], VARIANT_OF) == eval_mi.preference_tests([], VARIANT_OF) == {}
+    assert eval_mi.preference([], [], VARIANTS) == {"shares": {}, "tests": {}, "notes": []}
 
 
 def votes_of(wishes):
     """Votes without files: participant -> wish."""
-    return [eval_mi.Vote(name, q.id, opaque(f"{i} {v}")) for name, wish in wishes.items()
-            for i, (q, v) in enumerate(zip(QUESTIONS, wish))]
+    return [eval_mi.Vote(name, variant) for name, wish in wishes.items() for variant in wish]
 
 
 def test_preference_worked_by_hand():
     """12 votes: full 4 + 2 + 2, no-mqk 0 + 1 + 1, no-mv 0 + 0 + 1, base 0 + 1 + 0."""
-    found = eval_mi.preference(votes_of(WISHES), VARIANT_OF)
+    counted = eval_mi.preference(votes_of(WISHES), [], VARIANTS)
+    found, tests = counted["shares"], counted["tests"]
     assert {name: row["share"] for name, row in found.items()} == pytest.approx(
         {"full": 8 / 12, "no-mqk": 2 / 12, "no-mv": 1 / 12, "base": 1 / 12})
     for row in found.values():
         assert (row["n"], row["participants"], row["chance"]) == (12, 3, 1 / 4)
-        assert "fewer than 5" in row["note"]
+    assert counted["notes"] == ["a trial with fewer than 5 participants, not a result"]
     # Participants chose full in 4, 2, 2 of 4: a bootstrap over them spans 1/2 to 1, Wilson begins at 0.391.
     assert found["full"]["high"] == 1 and found["full"]["low"] == pytest.approx(0.391, abs=1e-3)
     # Per participant full minus no-mqk: 1, 1/4, 1/4; all of one sign: p = 2 / 2^3. Minus no-mv: 1, 1/2, 1/4.
-    tests = eval_mi.preference_tests(votes_of(WISHES), VARIANT_OF)
     assert list(tests) == ["no-mqk", "no-mv"]
     assert (tests["no-mqk"][0], tests["no-mqk"][3]) == (pytest.approx(1 / 2), 1 / 4)
     assert (tests["no-mv"][0], tests["no-mv"][3]) == (pytest.approx(7 / 12), 1 / 4)
 
 
 def test_preference_of_those_who_agree_and_of_one():
-    five = eval_mi.preference(votes_of({name: ["full"] * 4 for name in "abcde"}), VARIANT_OF)
-    row = five["full"]
-    assert row["note"] == "" and (row["low"], row["high"]) == eval_mi.wilson_interval(20, 20)
-    one = votes_of({"a": WISHES["touch"]})
-    assert eval_mi.preference(one, VARIANT_OF)["full"]["share"] == 1 / 2
-    assert eval_mi.preference_tests(one, VARIANT_OF)["no-mqk"][3] == 1              # one person is no test
+    five = eval_mi.preference(votes_of({name: ["full"] * 4 for name in "abcde"}), [], VARIANTS)
+    row = five["shares"]["full"]
+    assert five["notes"] == [] and (row["low"], row["high"]) == eval_mi.wilson_interval(20, 20)
+    one = eval_mi.preference(votes_of({"a": WISHES["touch"]}), [], VARIANTS)
+    assert one["shares"]["full"]["share"] == 1 / 2
+    assert one["tests"]["no-mqk"][3] == 1                                 # one person is no test
     # The interval is that of people, not of votes: each of these always votes alike.
     split = {str(n): ["full" if n % 2 else "base"] * 4 for n in range(10)}
-    row = eval_mi.preference(votes_of(split), VARIANT_OF)["full"]
+    row = eval_mi.preference(votes_of(split), [], VARIANTS)["shares"]["full"]
     low, high = eval_mi.wilson_interval(20, 40)
     assert row["low"] < low and high < row["high"]
 
@@ -396,10 +389,11 @@ def saved(browser, chromium, ballot, tmp_path_factory):
 def test_the_three_files_fill_the_column(saved):
     votes, notes = eval_mi.read_votes(saved.values(), BALLOT)
     assert notes == [] and len(votes) == 12
-    found = eval_mi.preference(votes, VARIANT_OF)
+    counted = eval_mi.preference(votes, notes, VARIANTS)
+    found = counted["shares"]
     assert {name: row["share"] for name, row in found.items()} == pytest.approx(
         {"full": 8 / 12, "no-mqk": 2 / 12, "no-mv": 1 / 12, "base": 1 / 12})
-    assert eval_mi.preference_tests(votes, VARIANT_OF)["no-mqk"][3] == 1 / 4
+    assert counted["tests"]["no-mqk"][3] == 1 / 4
 
 
 def test_order_is_of_each_participant_and_no_name_is_in_a_file(saved):

@@ -68,7 +68,7 @@ def table(out):
     return {key: value for key, value in results.items() if key not in ("run", "settings")}
 
 
-FOLDERS = ("noise", "motions", "cells", "scores")
+FOLDERS = ("motions", "cells", "scores")
 
 
 def files(out, *folders):
@@ -116,8 +116,8 @@ def test_a_run_counts_every_cell_once(finished):
 
 def test_the_judges_of_public_models(model, tmp_path, monkeypatch):
     """Clips of one's own and another CLIP: features for the Frechet distance are Inception's, on every fourth
-    frame but on two at least; there are no attributes, and the floor is one half of the references from the
-    other. (Random weights: the published ones are compared in test_clip_inception.py.)
+    frame but on two at least; there are no attributes, and no second set of real clips for a floor. (Random
+    weights: the published ones are compared in test_clip_inception.py.)
     """
     torch.manual_seed(0)
     network, judge = eval_mi.InceptionV3().eval(), tmp_path / "clip"
@@ -137,11 +137,13 @@ def test_the_judges_of_public_models(model, tmp_path, monkeypatch):
     assert results["judges"]["frechet"] == "Inception" and results["judges"]["clip"] == str(judge)
     assert results["finished"] == 2 * 2
     assert all("attributes" not in row["metrics"] and row["frames"] == 2 * 2 for row in results["rows"])
+    assert all(row["frechet_floor"] is None for row in results["rows"])
     videos = [mini_mi.read_video(tmp_path / f"{name}.webp", 4, (64, 64)) for name in listing]
-    with torch.no_grad():                                       # frames 0 and 2
-        features = [network(torch.from_numpy(video[::2]).permute(0, 3, 1, 2) / 255) for video in videos]
-    floor = eval_mi.frechet_distance(*features)
-    assert all(row["frechet_floor"] == pytest.approx(floor) for row in results["rows"])
+    with torch.no_grad():                                       # frames 0 and 2 of both references
+        real = torch.cat([network(torch.from_numpy(video[::2]).permute(0, 3, 1, 2) / 255) for video in videos])
+    full = [eval_mi.read_arrays(path)["fid_features"] for path in sorted((out / "scores").rglob("full-*.npz"))]
+    assert results["rows"][0]["frechet"][0] == pytest.approx(
+        eval_mi.frechet_distance(np.concatenate(full), real), rel=1e-4)
     kept = next((out / "scores").rglob("full-*.npz"))
     assert eval_mi.read_arrays(kept)["fid_features"].shape == (2, 2048)
 
@@ -197,7 +199,7 @@ def test_outlines_are_judged_by_the_shape_that_was_asked_for(finished, model):
 
 def test_names_of_files_say_what_they_hold(finished):
     names = {re.sub("-[0-9a-f]{12}(?=[.])", "", name) for name in files(finished)}
-    assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz", "noise/spiral.npz",
+    assert {"motions/spiral-full-r0.safetensors", "cells/spiral/drop-mv-p0-s1.npz",
             "scores/spiral/vae-own-s0.npz"} <= names
 
 
@@ -245,11 +247,6 @@ def test_a_variant_brings_what_it_is_held_against():
 def test_quick_is_a_smaller_grid_of_which_more_can_be_asked():
     s = eval_mi.parse(["--quick", "--seed-count", "2"])
     assert (s.clip_count, s.prompt_count, s.seed_count) == (3, 1, 2)
-
-
-def test_a_ballot_is_not_written_and_counted_at_once(tmp_path):
-    with pytest.raises(mini_mi.UserError, match="one after the other"):
-        eval_mi.parse(["--ballot", "--votes", str(tmp_path)])
 
 
 def test_a_report_while_variants_have_no_sample_in_common(copy, model):
@@ -503,7 +500,7 @@ def test_every_variant_runs(model, tmp_path, monkeypatch):
     assert eval_mi.main(arguments(model, tmp_path, *more)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert [r["name"] for r in results["rows"]] == list(eval_mi.VARIANTS)
-    assert "one clip says nothing about chance" in results["sentences"][0]
+    assert "so few clips say nothing about chance" in (tmp_path / "results.md").read_text("utf-8")
     against = {c["name"]: c["against"] for c in results["comparisons"]}
     assert against.pop("no-mqk-plain") == against.pop("no-mv-plain") == "no-inversion"
     assert {"no-mqk", "base", "no-inversion"} < against.keys() and set(against.values()) == {"full"}
@@ -532,8 +529,8 @@ def test_a_ballot_from_finished_cells_and_its_votes_without_any(copy, model, tmp
     """A page from cells; then votes beside results.json and ballot.json alone, as in a clone."""
     monkeypatch.setattr(mini_mi, "load_models", None)            # finished cells are all it needs
     monkeypatch.setattr(eval_mi, "load_clip", None)
-    assert eval_mi.main(arguments(model, copy, "--votes", str(copy))) == 2
-    assert "ballot.json is missing" in capsys.readouterr().err
+    assert eval_mi.main(arguments(model, copy, "--votes", str(copy / "results.md"))) == 2
+    assert "ballot.json cannot be read (No such file" in capsys.readouterr().err
     assert eval_mi.main(arguments(model, copy, "--ballot")) == 0
     assert "6 questions and 2 attention checks" in capsys.readouterr().out
     page = (copy / "ballot.html").read_text(encoding="utf-8")
@@ -568,7 +565,7 @@ def test_a_ballot_from_finished_cells_and_its_votes_without_any(copy, model, tmp
     assert (mean, p) == (pytest.approx(4 / 6), 2 * 4 / 2 ** 6)    # four of six people, all of one sign
     text, printed = (clone / "results.md").read_text(encoding="utf-8"), capsys.readouterr().out
     for said in ("1 of 7 participants left out", "other.csv left out", "0.667 (",
-                 "User Preference of full: 36 votes of 6 people, chance 0.250."):
+                 "User Preference: 36 votes of 6 people, chance 0.250."):
         assert said in text and said in printed
     # The report again, of that file alone: the votes stay.
     assert eval_mi.main(["--out", str(clone), "--report"]) == 0
@@ -586,16 +583,17 @@ def test_votes_do_not_take_the_clips_from_a_report(copy, model):
 
 
 def test_a_ballot_that_differs_is_refused_and_says_what_it_lacks(copy, model, capsys):
-    assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,base")) == 0
+    fewer = arguments(model, copy, "--ballot", "--clip-count", "2")
+    assert eval_mi.main(fewer) == 0
     first = (copy / "ballot.html").read_text(encoding="utf-8")
-    assert eval_mi.main(arguments(model, copy, "--ballot")) == 2              # other variants: another ballot
+    assert eval_mi.main(arguments(model, copy, "--ballot")) == 2              # other questions: another ballot
     assert "delete it to ask anew" in capsys.readouterr().err
     assert (copy / "ballot.html").read_text(encoding="utf-8") == first
     (copy / "ballot.json").unlink()
     assert eval_mi.main(arguments(model, copy, "--ballot")) == 0
     assert (copy / "ballot.html").read_text(encoding="utf-8") != first
-    assert eval_mi.main(arguments(model, copy, "--ballot", "--ballot-variants", "full,mv-1d")) == 2
-    assert "mv-1d" in capsys.readouterr().err
+    assert eval_mi.main(arguments(model, copy, "--ballot", "--guidance", "3")) == 2
+    assert "finished cell of each of full, no-mqk, no-mv, base" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -610,8 +608,7 @@ def test_a_ballot_that_differs_is_refused_and_says_what_it_lacks(copy, model, ca
     (["--split", "train"], "--split"), (["--size", "64x32"], "square"), (["--dtype", "int8"], "--dtype"),
     (["--clips", "nowhere"], "nowhere"), (["--model", "nowhere"], "nowhere"),
     (["--clip-model", "nowhere"], "nowhere"), (["--votes", "nowhere"], "no such file"),
-    (["--ballot", "--ballot-variants", "full"], "--ballot-variants"),
-    (["--ballot", "--ballot-variants", "vae,full"], "--ballot-variants"),
+    (["--ballot", "--votes", str(ROOT / "README.md")], "one after the other"),
     (["--noise-prior", "2"], "--noise-prior"), (["--no-such-option"], "--no-such-option"),
     (["--tracker", "magic"], "--tracker"), (["--device", "cuda:77"], "cuda"),
     (["--device", "gpu"], "--device"), (["--guidance", "nan"], "--guidance"),
@@ -648,15 +645,15 @@ def test_the_embedded_world_has_any_number_of_clips(model, tmp_path):
     assert not {c.digest for c in other.clips} & {c.digest for c in lab.clips}
 
 
-def test_a_clip_is_named_by_its_path_or_by_that_without_a_suffix(tmp_path):
-    for name in ("dog.webp", "dog.jpg", "cat.v2.mp4"):
-        (tmp_path / name).write_text("a clip")
-    assert eval_mi.find_clip(tmp_path, "dog.webp").name == "dog.webp"
-    assert eval_mi.find_clip(tmp_path, "cat.v2").name == "cat.v2.mp4"
-    with pytest.raises(mini_mi.UserError, match="dog.jpg, dog.webp: write its full name"):
-        eval_mi.find_clip(tmp_path, "dog")
+def test_thumbnails_and_descriptions_are_no_clips(tmp_path):
+    for name in ("dog.webp", "dog.jpg", "dog.png", "dog.description", "dog.srt", "cat.v2.MP4"):
+        (tmp_path / name).write_text("what it holds does not matter")
+    assert eval_mi.find_clip(tmp_path, "dog").name == eval_mi.find_clip(tmp_path, "dog.webp").name == "dog.webp"
+    assert eval_mi.find_clip(tmp_path, "dog.png").name == "dog.png"           # asked for by its full name
+    assert eval_mi.find_clip(tmp_path, "cat.v2").name == "cat.v2.MP4"
     (tmp_path / "dog").mkdir()
-    assert eval_mi.find_clip(tmp_path, "dog").name == "dog"
+    with pytest.raises(mini_mi.UserError, match="dog and dog.webp"):
+        eval_mi.find_clip(tmp_path, "dog")
     with pytest.raises(mini_mi.UserError, match="no such clip"):
         eval_mi.find_clip(tmp_path, "bird")
 
@@ -729,13 +726,15 @@ def test_the_analysis_by_hand():
                 "difference": [-0.5, -0.75, -0.25]}
     found = eval_mi.analyse({"cells": cells_of(values), "settings": {"variants": list(values)},
                              "distances": dict.fromkeys(values, distance)})
+    compared = {c["name"]: c for c in found["comparisons"]}
     test = found["comparisons"][0]["metrics"]["motion_fidelity"]
     assert test["mean"] == pytest.approx(-(0.3 + 0.2 + 0.3) / 3)
     assert test["by_motion"]["mean"] == pytest.approx(-(0.25 + 0.3) / 2)    # the two of one motion count once
     assert (test["by_motion"]["motions"], test["by_motion"]["same_sign"]) == (2, 2)
-    assert found["by_motion"]["no-mqk"].startswith(
-        "no-mqk with the 2 motions as units, since the clips repeat them: Motion Fidelity -0.275 (")
-    together, against, way = found["further"]
+    assert "2 motions as units, which the clips repeat: -0.275 (" in eval_mi.sentence(
+        {**compared["no-mqk"], "clips": 48})
+    (together,), (against,) = eval_mi.interaction(found["cells"]), eval_mi.price(found["comparisons"])
+    (way,) = eval_mi.way_to_the_bound(found["rows"])
     # 0.8 - 0.5 - 0.5 + 0.4, 0.6 - 0.4 - 0.3 + 0.2, 0.7 - 0.4 - 0.5 + 0.3
     assert "full - no-mqk - no-mv + base, exploratory): +0.133 (" in together and "parts add up" in together
     assert "Appearance leakage -0.4000" in against and "Motion Fidelity +0.4000" in against
@@ -755,8 +754,8 @@ def test_the_published_run_is_analysed_again_from_its_file(tmp_path):
     for name in ("results.json", "results.md", "results.svg"):
         assert (tmp_path / name).read_text("utf-8") == (published / name).read_text("utf-8"), name
     text = (tmp_path / "results.md").read_text("utf-8")
-    for said in ("Motion Fidelity -0.130 (-0.177 to -0.082) in the mean over motions, 8 of 8 of this sign",
-                 "Motion Fidelity -0.099 (-0.141 to -0.058) in the mean over motions, 8 of 8 of this sign",
+    for said in ("motions as units, which the clips repeat: -0.130 (-0.177 to -0.082), 8 of 8 of this sign",
+                 "motions as units, which the clips repeat: -0.099 (-0.141 to -0.058), 8 of 8 of this sign",
                  "+0.079 (+0.040 to +0.118)", "Temporal Consistency -0.0032 (-0.0052 to -0.0012)",
                  "base alone closes 0.63 and full 0.82: full closes 0.51 of what base leaves"):
         assert said in text
@@ -764,7 +763,7 @@ def test_the_published_run_is_analysed_again_from_its_file(tmp_path):
             if c["variant"] == "full"]
     assert sum(scores["attributes"] for scores in full) == 183 and len(full) == 192
     details = [line.split(" | ") for line in text.splitlines()
-               if " MiB of GPU " in line or "| full | 3072" in line]
+               if " training s " in line or "| full | 3072" in line]
     assert dict(zip(*details))["Shape in frames ↑"] == "–"       # its judges did not look at outlines yet
 
 
@@ -782,9 +781,12 @@ def test_sentences_say_what_the_numbers_say():
     assert "holds 0" not in text
     # The test decides and not the interval: eleven clips a little up and one far up.
     text = said(test(-0.2, 0.3, 0.001, p_holm=0.002), test(0, 0.1, 1))
-    assert "fell by 0.200" in text and "the t interval, which single clips widen, holds 0" in text
-    assert "so few clips" in eval_mi.sentence({
+    assert "Fidelity fell by 0.200" in text and "; the t interval, which single clips widen, holds 0" in text
+    text = said(test(-0.2, 0.19, 0.03, p_holm=0.12), test(0, 0.1, 1))
+    assert "No change of Motion Fidelity was detected: it fell by 0.200" in text and "does not hold 0" in text
+    # Six clips of one sign: p = 0.031, times four.
+    assert eval_mi.sentence({
         "name": "no-mv", "against": "full", "clips": 6,
-        "metrics": dict.fromkeys(eval_mi.PRIMARY, test(0.1, 0.2, 0.03, p_holm=0.12))})
-    assert "hint" in said(test(-0.2, 0.19, 0.03, p_holm=0.12), test(0, 0.1, 1))
-    assert "nothing about chance" in said(test(0.1, math.inf, 1), test(0.1, math.inf, 1))
+        "metrics": dict.fromkeys(eval_mi.PRIMARY, test(0.1, 0.2, 0.03, p_holm=0.12))}) == (
+        "no-mv against full, 6 clips: Motion Fidelity rose by 0.100, but so few clips say nothing about chance. "
+        "Text Similarity rose by 0.100, but so few clips say nothing about chance.")
