@@ -1635,55 +1635,43 @@ def check_ffmpeg():
 def read_film(path, size, frames, start, duration):
     """Frames of a video file, upright, with square pixels, in SDR.
 
-    ffmpeg decodes the part twice: first it tells when each frame is shown, then it hands them over one by
-    one, scaled, and only the chosen ones are kept. So a long film needs no more memory than a short one.
+    ffmpeg writes all frames of the part, scaled, into a temporary file, and says when each of them is shown.
     """
-    film, (width, height) = ["-i", f"file:{path}", "-map", "0:V:0", "-vf"], size
-    # Decoding begins at a key frame, seconds early: in some containers (.ts) ffmpeg seeks too far. In a raw
-    # stream it cannot seek at all: then decoding begins with the first frame.
-    for skip in (max(0.0, start - 10), 0.0):
-        seek = ["-noaccurate_seek", "-ss", f"{skip:.3f}"] if skip else []
-        # A second more than the part: so it is seen whether the film ends within the part.
-        until = f"trim=end={start + duration + 1 - skip:.3f}," if duration else ""
-        fine, said, printed = call_ffmpeg(*seek, *film, f"{until}showinfo=checksum=0", "-f", "null", "-")
-        if shown := re.findall(r"pts_time:(\S+) .* sar:(\d+)/(\d+) s:(\d+)x(\d+) ", printed):
-            break
-    said = said.removeprefix(f"file:{path}: ")
-    cut_off = re.search("moov atom not found|partial file|prematurely|Invalid NAL unit size", said)
-    if cut_off or not fine or not shown:
-        advice = "give a video file, a GIF or a folder of images"
-        raise UserError(f"ffmpeg says: {said or 'no frames'}; "
-                        f"{'it is damaged or cut off, get it again' if cut_off else advice}")
-    if said and not skip:                         # decoding that begins in the middle misses something always
-        print(f"note: ffmpeg says of {path}: {said}")
-    _, wide, high, columns, rows = map(float, shown[0])
-    check_crop((round(columns * (wide / high or 1)), int(rows)), size)
-    # Frames with the same time stamp share the time until the next one. The last frame stays as long as the
-    # one before it: containers tell its length badly or not at all.
-    stamps, first = np.unique(np.maximum.accumulate([float(t) for t, *_ in shown]), return_index=True)
-    end = stamps[-1] + (stamps[-1] - stamps[-2] if len(stamps) > 1 else 0.04)
-    times = skip + np.interp(np.arange(len(shown) + 1), [*first, len(shown)], [*stamps, end])
-    chosen = evenly(times, frames, start, duration)
-    # The same frames again, scaled. With one rate for input and output, each stored frame comes once.
-    hdr = re.search("color_trc:(smpte2084|arib-std-b67)", printed)
-    if hdr and "--enable-libzimg" not in printed:
+    (width, height), film = size, ["-i", f"file:{path}", "-map", "0:V:0"]
+    known = call_ffmpeg(*film, "-frames:v", "1", "-f", "null", "-")[2]             # a look at the first frame
+    hdr = re.search("smpte2084|arib-std-b67", known)
+    if hdr and "--enable-libzimg" not in known:
         raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another "
                         f"one, ffmpeg -i {path} -vf {SDR} sdr.mp4")
-    filters = (f"{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,"
+    # ffmpeg's own decoders of VP8 and VP9 drop transparency.
+    alpha = re.search(r"Video: (vp[89])[^#]* alpha_mode +: 1", known, re.IGNORECASE)
+    decoder = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[alpha[1]]] if alpha else []
+    # Each stored frame comes once. The option's name is another one since ffmpeg 5.1.
+    each = "-vsync" if re.search(r"ffmpeg version n?([1-4]|5\.0)\b", known) else "-fps_mode"
+    # A second more than the part on either side: what is shown when it begins, and whether it ends within.
+    part = f"trim=start={start - 1}" + (f":end={start + duration + 1}" if duration else "")
+    filters = (f"{part},{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,showinfo=checksum=0,"
                f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
                f"format=rgba,crop={width}:{height}")
-    # ffmpeg's own decoders of VP8 and VP9 drop transparency.
-    alpha = re.search(r"Video: (vp[89])[^#]* alpha_mode +: 1", printed, re.IGNORECASE)
-    decoder = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[alpha[1]]] if alpha else []
-    command = ["ffmpeg", "-v", "quiet", *seek, *decoder, "-r", "25", *film, filters, "-r", "25",
-               "-frames:v", str(max(chosen) + 1), "-f", "rawvideo", "-pix_fmt", "rgba", "-"]
-    kept = {}
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as running:
-        for index in range(max(chosen) + 1):
-            pixels = running.stdout.read(4 * width * height)
-            if index in chosen:
-                kept[index] = fit(Image.frombytes("RGBA", size, pixels), size)
-    return [kept[index] for index in chosen]
+    with tempfile.NamedTemporaryFile(suffix=".raw") as file:
+        fine, said, told = call_ffmpeg(*decoder, *film, "-vf", filters, each, "passthrough", "-f", "rawvideo",
+                                       "-y", file.name)
+        shown = re.findall(r"pts_time:(\S+) .* s:(\d+)x(\d+) ", told)
+        said = said.removeprefix(f"file:{path}: ") or "no frames" * (not shown)
+        if re.search("partial file|prematurely|Invalid NAL unit size", said):
+            raise UserError(f"ffmpeg says: {said}; it is damaged or cut off, get it again")
+        if not fine or not shown:
+            raise UserError(f"ffmpeg says: {said}; give a video file, a GIF or a folder of images")
+        if said:
+            print(f"note: ffmpeg says of {path}: {said}")
+        check_crop(tuple(map(int, shown[0][1:])), size)
+        # Frames with the same time stamp share the time until the next one. The last frame stays as long as
+        # the one before it: containers tell its length badly or not at all.
+        stamps, first = np.unique(np.maximum.accumulate([float(t) for t, *_ in shown]), return_index=True)
+        end = stamps[-1] + (stamps[-1] - stamps[-2] if len(stamps) > 1 else 0.04)
+        times = np.interp(np.arange(len(shown) + 1), [*first, len(shown)], [*stamps, end])
+        pictures = np.memmap(file.name, np.uint8, "r").reshape(-1, height, width, 4)
+        return [fit(Image.fromarray(pictures[n]), size) for n in evenly(times, frames, start, duration)]
 
 
 def read_video(path, frames, size, start=0.0, duration=None):
