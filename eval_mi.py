@@ -1575,7 +1575,7 @@ def load_clip(folder, device="cpu"):
     preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop,
     CLIP's mean and std. It rounds to 8 bits after resizing, as CLIP's own code for PIL pictures does.
     """
-    model = mini_mi.load_module(CLIPModel, folder, "model", device, torch.float32)
+    model = mini_mi.load_module(CLIPModel, folder, device, torch.float32)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
 
     def preprocess(frames):

@@ -1216,7 +1216,7 @@ def is_lack_of_memory(error):
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path of the same name, moved to `path` when the block succeeds, else deleted: nobody
-    meets a part of a file. The folder is created. UserError: the place cannot be written, a full disk."""
+    meets a part of a file. The folder is created. UserError: no room, or the place cannot be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1324,9 +1324,7 @@ def save_safetensors(path, tensors, metadata=None):
 # ---- Checkpoints: folders in diffusers layout
 
 ALIASES = {"zeroscope": "cerspense/zeroscope_v2_576w"}
-# The parts with weights: their class, and what their weight files are called before ".safetensors" or ".bin".
-PARTS = {"text_encoder": (CLIPTextModel, "model"), "vae": (AutoencoderKL, "diffusion_pytorch_model"),
-         "unet": (UNet3DConditionModel, "diffusion_pytorch_model")}
+PARTS = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet3DConditionModel}    # with weights
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before mid-2023
 
 
@@ -1342,27 +1340,26 @@ class Models:
     dtype = property(lambda self: self.unet.conv_in.weight.dtype, doc="Number format of the UNet's weights.")
 
 
-def weight_files(names, stem):
-    """Those of the files `names` with the weights of a part: STEM.EXT, or all N of STEM-n-of-N.EXT;
+def weight_files(names, part=""):
+    """Those of the files `names` with the weights of a part, PART/ or "": one, or all N of NAME-n-of-N.EXT;
     safetensors before pickles, full precision before ".fp16". UserError: there are none, or not all N."""
-    pickled = re.sub(r"(^|/)model$", r"\1pytorch_model", stem)
-    for whole in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{pickled}.bin", f"{pickled}.fp16.bin"):
-        if whole in names:
-            return [whole]
-        pieces = sorted(name for name in names if re.sub(r"-\d+-of-\d+", "", name) == whole)
-        if pieces and f"-of-{len(pieces):05}" in pieces[0]:           # its name says how many there are
-            return pieces
-    raise UserError(f"no weights, such as {stem}.safetensors, or not all pieces: this is no whole model")
+    for form in (r"(diffusion_pytorch_)?model\.safetensors", r"(diffusion_pytorch_)?model\.fp16\.safetensors",
+                 r"(diffusion_)?pytorch_model\.bin", r"(diffusion_)?pytorch_model\.fp16\.bin"):
+        found = sorted(name for name in names if re.fullmatch(part + form, re.sub(r"-\d+-of-\d+", "", name)))
+        whole = [name for name in found if "-of-" not in name]
+        if whole or found and f"-of-{len(found):05}" in found[0]:     # a piece's name says how many there are
+            return whole or found
+    raise UserError(f"no weights, such as {part}model.safetensors, or not all pieces: this is no whole model")
 
 
-def load_module(build, folder, stem, device, dtype):
+def load_module(build, folder, device, dtype):
     """build(config.json of `folder`) with its weights, see weight_files. Frozen, in eval mode."""
     tensors = {}
     with built_from(folder, "is damaged, or does not fit its config.json"):
         with torch.device("meta"):                                        # no memory for what gets replaced
             module = build(read_json(folder / "config.json"))
         expected = module.state_dict()
-        for name in weight_files(os.listdir(folder), stem):
+        for name in weight_files(os.listdir(folder)):
             for key, value in load_tensors(folder / name).items():
                 # Every tool that writes 8-bit weights keeps their scales in a way of its own.
                 if value.itemsize == 1:
@@ -1396,8 +1393,8 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     """Models from a folder in diffusers layout or from a hub repository; `dtype` is not the autoencoder's:
     in float16 it can overflow, and it costs little next to the UNet, so it stays float32."""
     folder = model_folder(folder_or_repo)
-    networks = [load_module(build, folder / part, stem, device, torch.float32 if part == "vae" else dtype)
-                for part, (build, stem) in PARTS.items()]
+    networks = [load_module(build, folder / part, device, torch.float32 if part == "vae" else dtype)
+                for part, build in PARTS.items()]
     with built_from(folder, "has parts that are damaged or do not fit each other"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         scheduler = DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
@@ -1421,7 +1418,7 @@ def needed_files(names, parts, weights):
         if part not in map(os.path.dirname, needed):
             raise UserError(f"no files in {part}/: this is no whole model in diffusers layout")
         if weights and part in ("", *PARTS):
-            needed += weight_files(names, f"{part}/{PARTS[part][1]}" if part else "model")
+            needed += weight_files(names, part and f"{part}/")
     return needed
 
 
