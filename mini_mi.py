@@ -1395,7 +1395,7 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
     folder = model_folder(folder_or_repo)
     networks = [load_module(build, folder / part, device, torch.float32 if part == "vae" else dtype)
                 for part, build in PARTS.items()]
-    with built_from(folder, "has parts that are damaged or do not fit each other"):
+    with built_from(folder, "is damaged, or its text encoder does not fit the tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         scheduler = DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
         models = Models(tokenizer, *networks, scheduler)
