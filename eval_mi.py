@@ -169,16 +169,14 @@ def best_text(frame_features, candidates):
 def _samples(x, y):
     """Two sets of features (n,d) and (m,d), checked, in float64."""
     x, y = (np.asarray(torch.as_tensor(v).cpu(), dtype=np.float64) for v in (x, y))
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"two sets of 2 or more features of one width, not {x.shape} and {y.shape}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("the features are not finite")
+    known = np.isfinite(x).all() and np.isfinite(y).all()
+    if not known or not x.ndim == y.ndim == 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"two sets of 2 or more finite features of one width, not {x.shape} and {y.shape}")
     return x, y
 
 
 def frechet_distance(x, y):
     """FID: |mu1-mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), for Gaussians fitted to two sets of features.
-
     x (n,d), y (m,d) -> float. Covariances with n-1, all in float64.
     With centred X1, X2 (divided by sqrt(n-1)) the last trace is the sum of the singular values of X1 X2^T:
     exact also for n < d, where the usual matrix square root returns noise. With X = QR, Q drops out.
@@ -207,9 +205,7 @@ def kernel_distance(x, y):
 
 def track_points(video, grid, radius=4, iterations=4):
     """Follows a grid of points through a clip: pyramidal Lucas-Kanade, frame to frame.
-
-    video (F,h,w,3) uint8; grid: points per side -> tracks (n,F,2) as x,y in pixels, visible (n,F) bool,
-    n = grid^2.
+    video (F,h,w,3) uint8; n = grid^2 points -> tracks (n,F,2) as x,y in pixels, visible (n,F) bool.
     At every level of an image pyramid, coarse to fine, the displacement d of a window around p minimises
         sum_window |J(p + d + o) - I(p + o)|^2   by Gauss-Newton:   d += G^-1 sum_window grad I (I - J(d)).
     A point stays visible while it is inside the picture and leads back to itself when tracked backwards. It
@@ -352,8 +348,11 @@ def group_means(values, groups):
     return np.array([values[[g == name for g in groups]].mean() for name in dict.fromkeys(groups)])
 
 
+Difference = collections.namedtuple("Difference", "mean low high p")
+
+
 def paired_difference(a, b, groups=None, seed=0):
-    """Is a larger than b, in pairs? a (n,), b (n,), groups (n,) labels -> (mean, low, high, p) of a - b.
+    """Is a larger than b, in pairs? a (n,), b (n,), groups (n,) labels -> Difference of a - b.
     Mean and 95 % Student t interval of the means per group (None: every pair is a group). If a and b were one
     method, a group's difference could as well have the other sign: p is the share of sign patterns whose mean
     is at least as far from 0; of all 2^k up to k = 13 groups, else of 10 000 drawn and the observed one.
@@ -370,7 +369,7 @@ def paired_difference(a, b, groups=None, seed=0):
         (scaled,), lambda x, axis: np.abs(x.mean(axis)).round(12), permutation_type="samples",
         alternative="greater", vectorized=True, n_resamples=10_000,
         rng=np.random.default_rng(seed)) if len(means) > 1 else None
-    return *student_interval(means), float(flips.pvalue) if flips else 1.0
+    return Difference(*student_interval(means), float(flips.pvalue) if flips else 1.0)
 
 
 def holm(p_values):
@@ -403,10 +402,9 @@ def jackknife(statistic, groups):
 
 
 def share_interval(wins, clusters, draws=10_000, seed=0):
-    """95 % interval of a share, within [0,1] -> (low, high). wins (n,) 0 or 1, clusters (n,) labels: votes of
-    one person, or samples of one clip, are not independent.
-    It spans two: Wilson's, which takes all for independent, and a percentile bootstrap over whole clusters,
-    which does not, but has no width where all agree.
+    """95 % interval of a share -> (low, high). wins (n,) 0 or 1, clusters (n,) labels: votes of one person
+    or samples of one clip are not independent. It spans two: Wilson's, which takes all for independent, and a
+    percentile bootstrap over whole clusters, which does not, but has no width where all agree.
     """
     sizes = np.array(list(collections.Counter(clusters).values()))
     won = group_means(wins, clusters) * sizes
@@ -421,6 +419,15 @@ def share_interval(wins, clusters, draws=10_000, seed=0):
 
 # ========= THE EXPERIMENT: clips, trainings, variants, prompts and seeds -> samples and their scores ========
 
+# Part of every digest. Raise it with any change of code after which a file would hold something else.
+CODE_VERSION = 3
+JUDGE_VERSION = 1                                   # the same for what only scores depend on
+ENDS = 1 << 20                                      # bytes read at either end of a file of weights
+CLIP_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv .gif .webp .apng".split()
+WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
+                    "background": world.BACKGROUNDS}
+
+
 @dataclasses.dataclass(eq=False)
 class Clip:
     """A reference clip: frames (F,h,w,3) uint8, what it shows, how it moves, and what to turn it into."""
@@ -432,7 +439,7 @@ class Clip:
 
     def __post_init__(self):
         self.stem = re.sub(r"[^\w.-]+", "_", self.name)              # for files: a name may be a path
-        # Stands for all that training and judging take from a clip.
+        # All that training and judging take from a clip.
         self.digest = digest(hashlib.sha256(self.frames.tobytes()).hexdigest(), self.caption)
 
 
@@ -453,7 +460,9 @@ class Cell:
 
 
 class Lab:
-    """All that a run works with. Models load when they are first needed: a report takes no UNet."""
+    """All that a run works with, and where its files lie. The digest in a name stands for everything else
+    that determines the content. Models load when they are first needed: a report takes no UNet.
+    """
 
     def __init__(self, s):
         model = mini_mi.model_folder(s.model)
@@ -462,16 +471,42 @@ class Lab:
         judge = Path(name) if Path(name).is_dir() else mini_mi.fetch(name, "")
         # The model of the tiny world brings its own judge; the Inception network has never seen that world.
         in_world = s.world and judge.resolve() == own.resolve()
-        self.settings, self.clips = s, read_clips(s, in_world)
-        self.paths, self.judges = Paths(s, model, judge, in_world), Judges(s, judge, in_world)
-        self.pipeline = Pipeline(s, model, self.paths)
+        self.settings, self.out, self.clips = s, Path(s.out), read_clips(s, in_world)
         self.cells = [cell for batch in plan(s, self.clips) for cell in batch]
+        told = {name: getattr(s, name) for name in "steps lr lr_schedule batch loss t_min".split()}
+        self.trainings = {name: {**told, **other} for name, other in TRAININGS.items()}     # for train_motion
+        self.pipeline, self.judges = Pipeline(self, model), Judges(s, judge, in_world)
+        weights = fingerprint(*(model / part for part in "unet vae text_encoder tokenizer scheduler".split()))
+        self.made_with = [CODE_VERSION, weights, s.frames, s.size, s.dtype, torch.device(s.device).type]
+        self.judged_by = [JUDGE_VERSION, fingerprint(judge), in_world, s.tracker, s.grid, STILL]
+
+    def path(self, folder, name, *what, suffix=".npz"):
+        """what: everything that determines the content, but for the name."""
+        return self.out / folder / f"{name}-{digest(*what)}{suffix}"
+
+    def motion_path(self, clip, training, train_seed):
+        return self.path("motions", f"{clip.stem}-{training}-r{train_seed}", self.made_with, clip.digest,
+                         train_seed, self.trainings[training], suffix=".safetensors")
+
+    def sample_path(self, cell):
+        s, v, clip = self.settings, cell.variant, cell.clip
+        inverted = self.path("noise", clip.stem, self.made_with, clip.digest, s.invert_steps)
+        noise = [inverted.name, s.noise_prior] if v.prior else None        # a name alone: it stays in memory
+        motion = v.training and [self.motion_path(clip, v.training, cell.train_seed).name, v.use]
+        how = [s.sample_steps, s.guidance, noise, motion] if v.sampled else None
+        return self.path("cells", f"{clip.stem}/{cell.name}", self.made_with, clip.digest, cell.key,
+                         cell.prompt, how)
+
+    def score_path(self, cell):
+        return self.path("scores", f"{cell.clip.stem}/{cell.name}", self.sample_path(cell).name,
+                         self.judged_by, cell.clip.digest)
+
+    def is_finished(self, cell):
+        return self.sample_path(cell).exists() and once(self.score_path(cell)) is not None
 
 
 def run_experiment(s):
-    """Makes and judges, with all ranks, the cells that are not there yet; every step leaves a file.
-    -> (lab, how many cells were missing, minutes)
-    """
+    """Makes and judges, with all ranks, the cells that are missing -> (lab, how many they were, minutes)."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     began, wait = time.perf_counter(), lambda: None
     if ranks > 1:
@@ -482,22 +517,22 @@ def run_experiment(s):
     for my_turn in (rank == 0, rank > 0):
         if my_turn:
             lab = Lab(s)
-            missing = sum(not lab.paths.is_finished(cell) for cell in lab.cells)
+            missing = sum(not lab.is_finished(cell) for cell in lab.cells)
             # What cannot work shows now and not after hours: schedules too short, judges not there.
             lab.pipeline.models.scheduler.timesteps(s.sample_steps, s.t_min)
             lab.pipeline.models.scheduler.timesteps(s.invert_steps)
             lab.judges.reference(lab.clips[0])
         wait()
     batches = plan(s, lab.clips[rank::ranks])
-    batches = [batch for batch in batches if not all(map(lab.paths.is_finished, batch))]
+    batches = [batch for batch in batches if not all(map(lab.is_finished, batch))]
     for batch in tqdm(batches, unit="batch", disable=rank > 0, smoothing=0):
         # The whole batch again if one of it is missing: the same company gives the same last digits.
-        samples = [once(lab.paths.sample(cell)) for cell in batch]
+        samples = [once(lab.sample_path(cell)) for cell in batch]
         if not all(samples):
             samples = lab.pipeline.sample(batch)
         for cell, sample in zip(batch, samples):
-            once(lab.paths.sample(cell), lambda: sample)
-            once(lab.paths.score(cell), lambda: lab.judges.judge(cell, sample))
+            once(lab.sample_path(cell), lambda: sample)
+            once(lab.score_path(cell), lambda: lab.judges.judge(cell, sample))
     wait()
     if ranks > 1:
         torch.distributed.destroy_process_group()
@@ -505,9 +540,7 @@ def run_experiment(s):
 
 
 def plan(s, clips):
-    """Every cell, clip by clip -> list of batches, the cells of one variant that are sampled at once. It
-    depends neither on what is finished nor on ranks.
-    """
+    """Every cell, clip by clip, finished or not -> list of batches: cells of one variant, sampled at once."""
     batches = []
     for clip, training in itertools.product(clips, (*TRAININGS, None)):
         variants = [VARIANTS[name] for name in s.variants if VARIANTS[name].training == training]
@@ -538,8 +571,7 @@ def read_clips(s, in_world):
             case {"caption": str(caption), "prompts": [*prompts]} if len(prompts) >= s.prompt_count:
                 texts = caption, *map(str, prompts)
             case _:
-                raise UserError(f"{file}: {name} needs a caption and {s.prompt_count} prompts; "
-                                "add them or lower --prompt-count")
+                raise UserError(f"{file}: {name} needs a caption and --prompt-count {s.prompt_count} prompts")
         if rendered:
             frames = world.render(world.scene(entry["seed"], [entry["motion"]], caption), s.frames, width)
         else:
@@ -548,9 +580,6 @@ def read_clips(s, in_world):
             [world.attributes(text) for text in texts if in_world]
         clips.append(Clip(name, frames, caption, str(entry.get("motion", name)), texts[1:]))
     return clips
-
-
-CLIP_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv .gif .webp .apng".split()
 
 
 def find_clip(folder, name):
@@ -567,63 +596,13 @@ def find_clip(folder, name):
 
 # --------------------------------------------------------------------------------------------- files of cells
 
-# Part of every digest. Raise it with any change of code after which a file would hold something else.
-CODE_VERSION = 3
-JUDGE_VERSION = 1                                   # the same for what only scores depend on
-ENDS = 1 << 20                                      # bytes read at either end of a file of weights
-
-
-class Paths:
-    """Where finished things lie. The digest in a name stands for everything that determines the content."""
-
-    def __init__(self, s, model_folder, judge_folder, in_world):
-        self.settings, self.out = s, Path(s.out)
-        parts = [model_folder / part for part in "unet vae text_encoder tokenizer scheduler".split()]
-        device = torch.device(s.device).type
-        self.made_with = [CODE_VERSION, fingerprint(*parts), s.frames, s.size, s.dtype, device]
-        # What scores depend on, beside the clip.
-        self.judged_by = [JUDGE_VERSION, fingerprint(judge_folder), in_world, s.tracker, s.grid, STILL]
-
-    def path(self, folder, name, *what, suffix=".npz"):
-        """what: everything that determines the content, but for the name."""
-        return self.out / folder / f"{name}-{digest(*what)}{suffix}"
-
-    def motion(self, clip, training, train_seed):
-        return self.path("motions", f"{clip.stem}-{training}-r{train_seed}", self.made_with, clip.digest,
-                         train_seed, training_settings(self.settings, training), suffix=".safetensors")
-
-    def sample(self, cell):
-        s, v, clip = self.settings, cell.variant, cell.clip
-        inverted = self.path("noise", clip.stem, self.made_with, clip.digest, s.invert_steps)
-        noise = [inverted.name, s.noise_prior] if v.prior else None        # a name alone: it stays in memory
-        motion = v.training and [self.motion(clip, v.training, cell.train_seed).name, v.use]
-        how = [s.sample_steps, s.guidance, noise, motion] if v.sampled else None
-        return self.path("cells", f"{clip.stem}/{cell.name}", self.made_with, clip.digest, cell.key,
-                         cell.prompt, how)
-
-    def score(self, cell):
-        return self.path("scores", f"{cell.clip.stem}/{cell.name}", self.sample(cell).name,
-                         self.judged_by, cell.clip.digest)
-
-    def is_finished(self, cell):
-        return self.sample(cell).exists() and once(self.score(cell)) is not None
-
-
-def training_settings(s, training):
-    """What `train_motion` is told: the settings, and in what this training differs."""
-    names = "steps", "lr", "lr_schedule", "batch", "loss", "t_min"
-    return {**{name: getattr(s, name) for name in names}, **TRAININGS[training]}
-
-
 def digest(*what):
     """A short name for any JSON-able settings: 12 hexadecimal digits of their SHA-256."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def fingerprint(*folders):
-    """Stands for the files of some folders: names, sizes, and the first and last bytes of each.
-    Training moves every tensor, so that gigabytes in between would tell nothing more.
-    """
+    """Stands for files: names, sizes, and both ends of each, since training moves every tensor in between."""
     total = hashlib.sha256()
     for folder, path in ((folder, path) for folder in folders for path in sorted(folder.rglob("*"))):
         name = path.relative_to(folder)
@@ -650,9 +629,7 @@ def write_arrays(things, path):
 
 
 def once(path, make=None, read=read_arrays, write=write_arrays):
-    """The finished thing in a file. Where there is none, or a damaged one, make() gives it and it is written;
-    without make it is None. A killed run leaves the whole file or none.
-    """
+    """The finished thing in a file. Where it is missing or damaged, make() gives it, to be kept; else None."""
     try:
         with mini_mi.built_from(path):
             if path.exists():
@@ -662,12 +639,11 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
             raise
         tqdm.write(f"warning: {path.name} is damaged: deleted, to be made again ({e})", file=sys.stderr)
         path.unlink()
-    if make is None:
-        return None
-    thing = make()
-    with mini_mi.atomic_write(path) as temporary:
-        write(thing, temporary)
-    return thing
+    if make:
+        thing = make()
+        with mini_mi.atomic_write(path) as temporary:
+            write(thing, temporary)
+        return thing
 
 
 # --------------------------------------------------------------------------------- from a clip to its samples
@@ -675,14 +651,13 @@ def once(path, make=None, read=read_arrays, write=write_arrays):
 class Pipeline:
     """The steps from a clip to samples, by the text-to-video model. What they make is kept in files."""
 
-    def __init__(self, s, model_folder, paths):
-        self.settings, self.model_folder, self.paths = s, model_folder, paths
-        self.device = torch.device(s.device)
+    def __init__(self, lab, folder):
+        self.lab, self.settings, self.folder = lab, lab.settings, folder
+        self.device = torch.device(self.settings.device)
 
     @functools.cached_property
     def models(self):
-        """The text-to-video model."""
-        return mini_mi.load_models(str(self.model_folder), self.device, getattr(torch, self.settings.dtype))
+        return mini_mi.load_models(str(self.folder), self.device, getattr(torch, self.settings.dtype))
 
     @functools.lru_cache(maxsize=1)                                  # the cells of a clip follow each other
     def invert(self, clip):
@@ -701,14 +676,14 @@ class Pipeline:
             latents = self.invert(clip)[0]          # before the clock: a clip's later trainings find it made
             began, text = time.perf_counter(), mini_mi.encode_prompt(self.models, [clip.caption])
             motion = mini_mi.train_motion(
-                self.models, latents, text, **training_settings(s, training), seed=train_seed,
+                self.models, latents, text, **self.lab.trainings[training], seed=train_seed,
                 checkpointing=s.checkpointing, progress=False)
             motion.source = {"model": s.model, "prompt": clip.caption, "frames": s.frames, "size": s.size,
                              "cost": {"train_seconds": time.perf_counter() - began,
                                       "parameters": sum(p.numel() for p in motion.parameters())}}
             return motion
 
-        path = self.paths.motion(clip, training, train_seed)
+        path = self.lab.motion_path(clip, training, train_seed)
         return once(path, make, mini_mi.MotionEmbeddings.load, mini_mi.MotionEmbeddings.save).to(self.device)
 
     def sample(self, cells):
@@ -739,10 +714,6 @@ class Pipeline:
 
 # ------------------------------------------------------------------------------------- from samples to scores
 
-WORLD_ATTRIBUTES = {"shape": world.SHAPES, "colour": world.COLOURS, "pattern": world.PATTERNS,
-                    "background": world.BACKGROUNDS}
-
-
 class Judges:
     """CLIP for frames and texts, Inception for the Frechet distance, a tracker for motion."""
 
@@ -752,8 +723,7 @@ class Judges:
         self.names = {"clip": "the tiny CLIP" if in_world else s.clip_model or "OpenAI's ViT-B/32",
                       "frechet": "tiny-CLIP" if in_world else "Inception",
                       "tracker": f"{s.tracker}, {s.grid} x {s.grid} points",
-                      "real": "rendered clips of the same prompts" if in_world else
-                              "the reference clips, whose content is not what the prompts ask for"}
+                      "real": "rendered clips of the same prompts" if in_world else "clips of other content"}
 
     @functools.cached_property
     def clip(self):
@@ -775,8 +745,7 @@ class Judges:
 
     @torch.no_grad()
     def measure(self, frames):
-        """frames (F,h,w,3) uint8 -> features (F,D), fid_features (F or about F/4,d), tracks (n,F,2) never
-        hidden"""
+        """frames (F,h,w,3) uint8 -> features (F,D), fid_features (F or F/4,d), tracks (n,F,2) never hidden"""
         features = for_fid = self.image_features(frames)
         pixels = torch.from_numpy(frames).to(self.device)
         if not self.in_world:                                        # neighbours cost much and add little
@@ -808,9 +777,9 @@ class Judges:
         return {"about": about, **seen}
 
     def shown(self, prompt, frames, features):
-        """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and all four.
-        For every attribute the prompt competes with the prompts in which only that attribute is another one.
-        CLIP still sees a circle that has grown corners: shape_frames is the share of frames with the outline.
+        """Does the clip show the prompt's shape, colour, pattern and background? Each 0 or 1, and all four:
+        the prompt competes with those in which one attribute is another. shape_frames: the share of frames
+        with the right outline, since CLIP still sees a circle that has grown corners.
         """
         own, right = world.attributes(prompt), {}
         for slot, (name, choices) in enumerate(WORLD_ATTRIBUTES.items()):
@@ -842,23 +811,19 @@ def grouped(things, key):
 
 
 def collect(lab):
-    """What the finished cells hold, as a JSON-able dict: scores of each, and the Frechet distances, which
-    take features. `analyse` needs no more than this.
-    """
-    samples = [Sample(cell, once(lab.paths.score(cell))) for cell in lab.cells]
+    """What `analyse` needs of the finished cells, JSON-able: their scores, and what takes their features."""
+    samples = [Sample(cell, once(lab.score_path(cell))) for cell in lab.cells]
     finished = [s for s in samples if s.arrays]
     by_name = grouped(finished, lambda s: s.cell.variant.name)
     if "full" not in by_name:
-        raise UserError(f"{lab.paths.out} has no finished cell of this grid: drop --report, or change --out")
+        raise UserError(f"{lab.out} has no finished cell of this grid: drop --report, or change --out")
     to_real = {name: distance_to_real(lab, some) for name, some in by_name.items()}
     drawn = {name: {(s.cell.key, s.cell.train_seed) for s in some} for name, some in by_name.items()}
-    distances = {}
     for name, (distance, clips, facts) in to_real.items():
-        against, difference = VARIANTS[name].against, None
+        against, facts["difference"] = VARIANTS[name].against, None
         if name != against and drawn[name] == drawn.get(against):             # else the two differ in n
             other = to_real[against][0]
-            difference = jackknife(lambda some: distance(some) - other(some), clips)
-        distances[name] = {**facts, "difference": difference}
+            facts["difference"] = jackknife(lambda some: distance(some) - other(some), clips)
     # What no likeness at all scores: Motion Fidelity against reference clips of other motions.
     chance = []
     for s in [s for s in by_name["full"] if s.cell.key[1:] == (0, 0) and s.cell.train_seed == 0]:
@@ -866,58 +831,53 @@ def collect(lab):
         found = [motion_fidelity(s.arrays["tracks"], tracks, still=STILL) for tracks in others]
         chance += [np.mean(found)] if found else []
     return {"settings": dataclasses.asdict(lab.settings), "judges": lab.judges.names,
-            "finished": len(finished), "planned": len(samples), "distances": distances,
+            "finished": len(finished), "planned": len(samples),
+            "distances": {name: facts for name, (_, _, facts) in to_real.items()},
             "chance": student_interval(chance) if chance else None,
             "cells": [s.arrays["about"] for s in finished]}
 
 
 def distance_to_real(lab, samples):
     """A variant's samples against real clips -> (the Frechet distance, a function of clip names; all these
-    names; facts). In the tiny world the real set matches the content: for every sample a rendered clip of the
-    same prompt with a random motion; a second such set gives the floor, real from real at equal n. Elsewhere
-    the real set is the reference clips, of which there is no second set.
+    names; facts). In the tiny world the real set has a rendered clip of the same prompt in random motion for
+    every sample; a second such set gives the floor, real from real. Elsewhere it is the reference clips.
     """
     by_clip, judges, floor = grouped(samples, lambda s: s.cell.clip.name), lab.judges, None
     names = tuple(by_clip)
 
-    def fake(name):
-        return [s.arrays["fid_features"] for s in by_clip[name]]
+    def features(of):
+        """of(sample) -> (n,d), of all samples of each clip: clip name -> (n,d)."""
+        return {name: np.concatenate([of(s) for s in some]) for name, some in by_clip.items()}
 
-    def real(name, draw=0):
-        cells = [s.cell for s in by_clip[name]]
-        if not judges.in_world:
-            return [judges.reference(cells[0].clip)["fid_features"]]
-        return [judges.real_features(cell.prompt, *cell.key, cell.train_seed, draw) for cell in cells]
-
-    def pooled(features, some=names):
+    def pooled(side, some=names):
         """The features of some clips, (n,d)."""
-        return np.concatenate([part for name in some for part in features(name)])
+        return np.concatenate([side[name] for name in some])
 
-    distance = functools.cache(lambda some: frechet_distance(pooled(fake, some), pooled(real, some)))
+    fake = features(lambda s: s.arrays["fid_features"])
     if judges.in_world:
-        floor = frechet_distance(pooled(real), pooled(functools.partial(real, draw=1)))
+        real, again = (features(lambda s: judges.real_features(
+            s.cell.prompt, *s.cell.key, s.cell.train_seed, n)) for n in (0, 1))
+        floor = frechet_distance(pooled(real), pooled(again))
+    else:
+        real = {s.cell.clip.name: judges.reference(s.cell.clip)["fid_features"] for s in samples}
+    distance = functools.cache(lambda some: frechet_distance(pooled(fake, some), pooled(real, some)))
     return distance, names, {"frechet": jackknife(distance, names), "frechet_floor": floor,
                              "kid": kernel_distance(pooled(fake), pooled(real)), "frames": len(pooled(fake))}
 
 
 # -------------------------------------------------------------------------------- the analysis, of JSON alone
 
-NO_VOTES = {"shares": {}, "tests": {}, "notes": []}
-
-
 def analyse(measured):
-    """What `collect` gave, from a run or from a published results.json -> the same with rows and comparisons.
-    Votes that were counted are in it as "preference".
-    """
+    """What `collect` gave, or a results.json, with any votes in it -> the same with rows and comparisons."""
     by_name = grouped(measured["cells"], lambda cell: cell["variant"])
     names = [name for name in measured["settings"]["variants"] if name in by_name]
-    distances, votes = measured["distances"], measured.get("preference") or NO_VOTES
-    rows = [row(name, by_name[name], distances[name], votes["shares"].get(name)) for name in names]
+    votes = measured.get("preference") or {"shares": {}, "tests": {}, "notes": []}
+    rows = [row(name, by_name[name], measured["distances"][name], votes["shares"]) for name in names]
     comparisons = []
     for name in names:
         ours, theirs = by_name[name], by_name.get(VARIANTS[name].against, [])
         if ours is not theirs and paired(ours, theirs, PRIMARY[0]):  # none where prompts are the captions
-            comparisons.append(compare(name, ours, theirs, distances[name]["difference"]))
+            comparisons.append(compare(name, ours, theirs, measured["distances"][name]["difference"]))
     family = [c["metrics"][m] for c in comparisons if c["name"] in ABLATIONS for m in PRIMARY]
     # A test of the family that was not made counts as one without a finding.
     for test, p in zip(family, holm([test["p"] for test in family] + [1.0] * (FAMILY - len(family)))):
@@ -928,7 +888,7 @@ def analyse(measured):
     return json.loads(json.dumps(results), parse_constant=lambda name: None)
 
 
-def row(name, cells, distance, vote):
+def row(name, cells, distance, shares):
     """One line of the table: mean and interval of every metric, Frechet distance, votes, tracks, cost."""
     clips, metrics = [c["clip"] for c in cells], {}
     for m in [m for m in METRICS if m in cells[0]["scores"]]:
@@ -938,7 +898,8 @@ def row(name, cells, distance, vote):
     moving, costs = np.array([c["moving_tracks"] for c in cells]), [c["cost"] for c in cells]
     return {"name": name, "expected": VARIANTS[name].expected, "n": len(cells), "clips": len(set(clips)),
             "metrics": metrics, **{key: value for key, value in distance.items() if key != "difference"},
-            "preference": vote, "moving_tracks": float(moving.mean()), "fewest_moving": int(moving.min()),
+            "preference": shares.get(name),
+            "moving_tracks": float(moving.mean()), "fewest_moving": int(moving.min()),
             "tracks": float(np.mean([c["tracks"] for c in cells])), "still": int((moving == 0).sum()),
             "cost": {key: float(np.mean([cost[key] for cost in costs]))
                      for key, value in costs[0].items() if value is not None}}   # older runs have a None
@@ -956,33 +917,23 @@ def paired(ours, theirs, metric):
     return {key: a[key] - b[key] for key in a if key in b}
 
 
-def test_of(differences, units):
-    """`paired_difference` of differences (n,) from none, and the unit of each, as a dict."""
-    found = paired_difference(differences, np.zeros(len(differences)), units)
-    return dict(zip(("mean", "low", "high", "p"), found))
-
-
 def compare(name, ours, theirs, frechet):
-    """A variant and the one it is held against: pairs of samples, clips as independent units; where several
-    clips have one motion, motions as units, too.
-    """
+    """A variant and the one it is held against, in pairs. Units are clips, then motions if they repeat."""
     metrics, movement = {}, {c["clip"]: c["movement"] for c in ours}
     for m in [m for m in METRICS if m in ours[0]["scores"]]:
         pairs = paired(ours, theirs, m)
-        values, clips = [*pairs.values()], [key[0] for key in pairs]
+        values, none, clips = [*pairs.values()], np.zeros(len(pairs)), [key[0] for key in pairs]
         motions, n = [movement[clip] for clip in clips], len(set(clips))
-        test = metrics[m] = test_of(values, clips)
+        test = metrics[m] = paired_difference(values, none, clips)._asdict()
         alpha = 0.05 / FAMILY if name in ABLATIONS and m in PRIMARY else 0.05
         test["detectable"] = detectable_difference(test["high"] - test["mean"], n, alpha=alpha)
         if m in PRIMARY and 1 < len(set(motions)) < n:
-            by_motion, signs = test_of(values, motions), np.sign(group_means(values, motions))
-            test["by_motion"] = {**by_motion, "motions": len(signs),
-                                 "same_sign": int((signs == np.sign(by_motion["mean"])).sum())}
+            by_motion, signs = paired_difference(values, none, motions), np.sign(group_means(values, motions))
+            test["by_motion"] = {**by_motion._asdict(), "motions": len(signs),
+                                 "same_sign": int((signs == np.sign(by_motion.mean)).sum())}
     return {"name": name, "against": VARIANTS[name].against, "pairs": len(pairs), "clips": n,
             "metrics": metrics, "frechet": frechet}
 
-
-# -------------------------------------------------------------------------------------------------- sentences
 
 def p_text(p):
     """0.0123 -> "p = 0.012"; never 0, which no sample of sign patterns can show."""
@@ -1002,16 +953,12 @@ def sentence(comparison):
             parts.append(f"{title} {moved}, but so few clips say nothing about chance")
             continue
         moved += f" (95 % interval {test['low']:+.3f} to {test['high']:+.3f}; {p_text(p)}, {rule})"
-        said = f"{title} {moved}" if p < 0.05 else f"No change of {title} was detected: it {moved}"
-        apart = test["low"] * test["high"] > 0
-        if apart != (p < 0.05):                                      # the test decides
-            said += f"; the t interval, which single clips widen, {'does not hold' if apart else 'holds'} 0"
-        elif not apart:
-            said += (f"; a change of {test['detectable']:.3f} would have shown in four of five such "
-                     "experiments")
-        parts.append(said)
-        unit = test.get("by_motion") if comparison["name"] in ABLATIONS else None
-        if unit:
+        # The test decides, and not the t interval, which one clip far out can widen.
+        parts.append(f"{title} {moved}" if p < 0.05 else
+                     f"No change of {title} was detected: it {moved}; a change of {test['detectable']:.3f} "
+                     "would have shown in four of five such experiments")
+        if comparison["name"] in ABLATIONS and "by_motion" in test:
+            unit = test["by_motion"]
             parts.append(f"With the {unit['motions']} motions as units, which the clips repeat: "
                          f"{interval_text(unit['mean'], unit['low'], unit['high'])}, "
                          f"{unit['same_sign']} of {unit['motions']} of this sign")
@@ -1021,13 +968,12 @@ def sentence(comparison):
 def interaction(cells):
     """Do the two parts need each other? full - no-mqk - no-mv + base, paired; 0 where they simply add up."""
     by_name = grouped(cells, lambda cell: cell["variant"])
-    full, no_mqk, no_mv, base = (per_pair(by_name[name], "motion_fidelity")
-                                 for name in ("full", *ABLATIONS, "base"))
-    keys = [key for key in full if key in no_mqk and key in no_mv and key in base]
-    clips = [key[0] for key in keys]
+    beside_mv = paired(by_name["full"], by_name["no-mqk"], "motion_fidelity")     # what MQK brings
+    alone = paired(by_name["no-mv"], by_name["base"], "motion_fidelity")
+    values = [beside_mv[key] - alone[key] for key in beside_mv if key in alone]
+    clips = [key[0] for key in beside_mv if key in alone]
     if len(set(clips)) < 2:
         return []
-    values = [full[key] + base[key] - (no_mqk[key] + no_mv[key]) for key in keys]
     mean, low, high, p = paired_difference(values, np.zeros(len(values)), clips)
     said = (f"together the parts bring {'more' if low > 0 else 'less'} than the sum of what each brings alone"
             if low * high > 0 else "the parts add up, as far as these clips show")
@@ -1062,11 +1008,9 @@ def way_to_the_bound(rows):
 
 VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
 FEW = 5                                              # participants below which shares are no result yet
-
 # Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8; candidates:
 # id -> frames, one of every variant; caption, what the reference shows, is the prompt of an attention check.
 Question = collections.namedtuple("Question", "id prompt reference candidates caption")
-Vote = collections.namedtuple("Vote", "participant variant")
 
 
 def opaque(letter, *what):
@@ -1076,20 +1020,19 @@ def opaque(letter, *what):
 
 def make_ballot(lab, most=20):
     """Writes, from finished cells, ballot.html, on which people vote, and ballot.json, all that counting
-    takes. It never goes into the page: it names the variants and the right answers of the checks. A
-    candidate's id is a hash of its file: only who holds the cells can tell what it is.
+    takes: it names the variants and the right answers of the checks, which the page does not.
     """
     s, questions, variant_of = lab.settings, [], {}
     grid = itertools.product(lab.clips, range(s.prompt_count), range(s.seed_count))
     asked = [[Cell(VARIANTS[name], *place) for name in BALLOT_VARIANTS] for place in grid]
-    ready = [cells for cells in asked if all(lab.paths.sample(cell).exists() for cell in cells)]
+    ready = [cells for cells in asked if all(lab.sample_path(cell).exists() for cell in cells)]
     if not ready:
         raise UserError(f"no sample has a finished cell of each of {', '.join(BALLOT_VARIANTS)}")
     for n in np.linspace(0, len(ready) - 1, min(most, len(ready))).astype(int):
         first, candidates = ready[n][0], {}
         for cell in ready[n]:
-            file = lab.paths.sample(cell)
-            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())
+            file = lab.sample_path(cell)
+            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())   # tells nothing without cells
             with mini_mi.built_from(file, "is damaged"):
                 candidates[key], variant_of[key] = read_arrays(file)["frames"], cell.variant.name
         questions.append(Question(opaque("q", *first.key), first.prompt, first.clip.frames, candidates,
@@ -1099,33 +1042,28 @@ def make_ballot(lab, most=20):
     ballot = {"run": run_id, "variants": [*BALLOT_VARIANTS],
               "questions": {q.id: {key: variant_of[key] for key in q.candidates} for q in questions},
               "checks": {q.id: {"right": right, "candidates": [*q.candidates]} for q, right in checks}}
-    file, page = lab.paths.out / "ballot.json", lab.paths.out / "ballot.html"
+    file, page = lab.out / "ballot.json", lab.out / "ballot.html"
     if file.exists() and mini_mi.read_json(file) != ballot:
-        raise UserError(f"{file} is of another ballot, whose votes could not be counted any more; "
-                        "delete it to ask anew")
+        raise UserError(f"{file} is of another ballot, whose votes need it; delete it to ask anew")
     # A worked example, which data/ballot.html explains. No motion that is tested is in it.
     right, wrong = "a yellow star on a teal plain background", "a red circle on a brown striped background"
-    clips = {key: world.render(world.scene(3, [motion], text)) for key, motion, text in (
-        ("still", "rest", right), ("same", "zigzag", wrong), ("right", "zigzag", right),
-        ("other", "zoom_in", right))}
+    shown = {"still": ("rest", right), "same": ("zigzag", wrong), "right": ("zigzag", right),
+             "other": ("zoom_in", right)}
+    clips = {key: world.render(world.scene(3, [motion], text)) for key, (motion, text) in shown.items()}
     example = Question("example", right, clips["same"], clips, wrong)
     write_text(page, ballot_page([example, *questions, *(q for q, _ in checks)], run_id, s.fps))
     write_text(file, json.dumps(ballot, indent=1))
-    print(f"{page}: {len(questions)} questions and {len(checks)} attention checks; give it to people as it "
-          f"is, keep {file.name} to yourself, and count what they save with --votes")
+    print(f"{page}: {len(questions)} questions and {len(checks)} checks; keep {file.name} to yourself")
 
 
 def attention_checks(questions, run_id):
-    """Two questions whose answer is beyond doubt -> [(Question, id of the right candidate)].
-    One candidate is the reference itself, under its own caption; the others stand still. The references that
-    change most are taken; one that never moves would make everybody fail. Nothing in the page marks a check.
+    """Two questions beyond doubt -> [(Question, id of the right candidate)]: of those references that change
+    most, one candidate is the reference itself, under its own caption, and the others stand still.
     """
-    def change(q):
-        """How much a question's reference changes from frame to frame."""
-        return np.abs(np.diff(q.reference.astype(int), axis=0)).mean()
-
-    clips = {q.reference.tobytes(): q for q in questions}            # a clip once, though it has many prompts
-    moving, checks = sorted(filter(change, clips.values()), key=change, reverse=True), []
+    clips = {q.reference.tobytes(): q for q in questions}.values()   # a clip once, though it has many prompts
+    change = [np.abs(np.diff(q.reference.astype(int), axis=0)).mean() for q in clips]
+    ranked = sorted(zip(change, clips), key=lambda pair: pair[0], reverse=True)
+    moving, checks = [q for much, q in ranked if much > 0], []
     for n, q in enumerate([*moving, *moving][:2]):
         stills = np.linspace(0, len(q.reference) - 1, len(q.candidates) - 1).astype(int)
         shown = [q.reference, *(np.repeat(q.reference[i:i + 1], len(q.reference), axis=0) for i in stills)]
@@ -1138,9 +1076,7 @@ def attention_checks(questions, run_id):
 def ballot_page(questions, run_id, fps):
     """The page on which people vote -> its text: one file that needs no server and no network.
     questions: the worked example, which ballot.html explains, then the questions and attention checks, which
-    every participant sees in an order of their own. At the end they save votes-ID.csv. Texts reach the page
-    as JSON with no character that could end a script, and are put in as text; the policy in its head lets
-    nothing load but this style, this script and the pictures in the page.
+    every participant sees in an order of their own. At the end they save votes-ID.csv.
     """
     # Sorted by their opaque ids: the order in the page says nothing about variants or checks.
     example, *questions = questions
@@ -1149,19 +1085,14 @@ def ballot_page(questions, run_id, fps):
         {"id": q.id, "prompt": q.prompt, "reference": film_strip(q.reference),
          "candidates": {key: film_strip(q.candidates[key]) for key in sorted(q.candidates)}}
         for q in [example, *sorted(questions, key=lambda q: q.id)]]})
-    for character in "<>&":                                      # json.dumps itself escapes all but ASCII
-        data = data.replace(character, f"\\u{ord(character):04x}")
+    data = data.replace("<", "\\u003c")                          # no text can end a script or begin a tag
     page = (mini_mi.HERE / "data" / "ballot.html").read_text(encoding="utf-8")
-    policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
-    for kind in ("style", "script"):                             # the hash of the very text between the tags
-        text = re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)[1]
-        policy += f"; {kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    return page.replace("POLICY", policy, 1).replace("QUESTIONS", data, 1)
+    return page.replace("QUESTIONS", data, 1)
 
 
 def film_strip(frames, most=320, lossless=128):
     """A clip (F,h,w,3) uint8 as one picture, its frames side by side: {"frames": F, "src": data URI}.
-    most, lossless: the widths in pixels above which a frame is reduced, and is compressed with losses.
+    Frames wider than `most` pixels are reduced, and wider than `lossless` are compressed with losses.
     """
     count, height, width = frames.shape[:3]
     strip = Image.fromarray(np.concatenate(list(frames), axis=1))
@@ -1174,10 +1105,9 @@ def film_strip(frames, most=320, lossless=128):
 
 
 def read_votes(paths, ballot):
-    """The files, in folders too, that participants saved -> (list of Vote, notes).
-    Each question of each participant counts once, as the last file has it: a browser saves a second time as
-    "votes-ID (1).csv", so the longer name is the later one. Whoever did not give the right answer to every
-    attention check is left out; a file that is not of this run, too. notes tell it, a line each.
+    """Files, and folders of them, that participants saved -> (list of (participant, variant chosen), notes on
+    what was left out). A question counts once for a participant, as the last file has it: a browser saves a
+    second time as "votes-ID (1).csv", so the longer name is the later one.
     """
     answers, notes, checks = {}, [], ballot["checks"]
     files = [file for path in map(Path, paths) for file in (path.glob("*.csv") if path.is_dir() else [path])]
@@ -1188,11 +1118,11 @@ def read_votes(paths, ballot):
             notes.append(f"{file} left out: {mini_mi.one_line(e)}")
     people = {person for person, _ in answers}
     careful = {person for person in people
-               if all(answers.get((person, question)) == checks[question]["right"] for question in checks)}
+               if all(answers.get((person, check)) == checks[check]["right"] for check in checks)}
     if careful != people:
         notes.append(f"{len(people - careful)} of {len(people)} participants left out: not all of the "
                      f"{len(checks)} attention checks passed")
-    return [Vote(person, ballot["questions"][question][choice]) for (person, question), choice
+    return [(person, ballot["questions"][question][choice]) for (person, question), choice
             in answers.items() if person in careful and question not in checks], notes
 
 
@@ -1201,7 +1131,7 @@ def read_ballot(file, ballot):
     candidates = {**ballot["questions"],
                   **{key: check["candidates"] for key, check in ballot["checks"].items()}}
     found, text = {}, file.read_text(encoding="utf-8-sig")
-    # Spreadsheets begin a file with a mark, and some write semicolons.
+    # Some spreadsheets write semicolons.
     reader = csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text else ",")
     for row in reader:
         if list(row) != VOTE_FIELDS or None in row.values():
@@ -1211,8 +1141,8 @@ def read_ballot(file, ballot):
                 "question": bool(shown), "shown": sorted(row["shown"].split("|")) == sorted(shown),
                 "choice": row["choice"] in shown}
         for field in [field for field, right in fits.items() if not right]:
-            raise ValueError(f"line {reader.line_num}, {field}: the page of this run ({ballot['run']}) did "
-                             f"not write {row[field][:40]!r}; a vote on another run, or a program changed it")
+            raise ValueError(f"line {reader.line_num}, {field}: the page of run {ballot['run']} did not "
+                             f"write {row[field][:40]!r}; a vote on another run, or a program changed it")
         found[row["participant"], row["question"]] = row["choice"]
     if not found:
         raise ValueError("there is no vote in it")
@@ -1220,12 +1150,11 @@ def read_ballot(file, ballot):
 
 
 def preference(votes, notes, variants):
-    """User Preference of votes, a list of Vote, as results.json has it -> shares, tests, and notes.
-    Every question shows all variants, so chance is one in their number. tests: is `full` chosen more often
+    """User Preference of what `read_votes` gave, as results.json has it. tests: is `full` chosen more often
     than an ablation? The difference of shares averages over participants, whose signs flip as a whole.
     """
-    people, shares = [v.participant for v in votes], {}
-    chosen = {name: [int(v.variant == name) for v in votes] for name in variants if votes}
+    people, shares = [person for person, _ in votes], {}
+    chosen = {name: [int(choice == name) for _, choice in votes] for name in variants if votes}
     for name, wins in chosen.items():
         low, high = share_interval(wins, people)
         shares[name] = {"share": sum(wins) / len(wins), "low": low, "high": high, "n": len(wins),
@@ -1243,17 +1172,12 @@ def write_text(path, text):
         Path(temporary).write_text(text, encoding="utf-8", newline="\n")
 
 
-def number(value, form=".3f"):
-    """0.1234 -> "0.123"; what is missing is a dash."""
-    return "–" if value is None else format(value, form)
-
-
 def plus_minus(triple, form=".3f"):
     """(mean, low, high) around the mean -> "0.123 ± 0.022"; without an interval that is a dash."""
     if triple is None:
         return "–"
-    half = None if triple[2] is None else triple[2] - triple[0]
-    return f"{number(triple[0], form)} ± {number(half, form.lstrip('+'))}"
+    mean, _, high = triple
+    return f"{mean:{form}} ± {'–' if high is None else format(high - mean, form.lstrip('+'))}"
 
 
 def interval_text(mean, low, high, form="+.3f"):
@@ -1266,26 +1190,26 @@ def document(results):
     rows, judges, parts = results["rows"], results["judges"], collections.defaultdict(list)
     distance, voted = f"Fréchet distance ({judges['frechet']} features) ↓", results["preference"]["shares"]
     for r in rows:
+        floor = "–" if r["frechet_floor"] is None else f"{r['frechet_floor']:.4f}"
         vote, waits = r["preference"], not voted and r["name"] in BALLOT_VARIANTS
         metrics = [(METRICS[m], interval_text(*triple, ".3f") if m == "attributes" else plus_minus(triple))
                    for m, triple in r["metrics"].items() if m != "shape_frames"]
         parts["main"].append({
             "variant": r["name"], **dict(metrics[:3]), distance: plus_minus(r["frechet"], ".4f"),
-            "User Preference ↑": interval_text(vote["share"], vote["low"], vote["high"], ".3f") if vote else
-                                 "no votes yet" if waits else "–",
+            "User Preference ↑": interval_text(vote["share"], vote["low"], vote["high"], ".3f") if vote
+                                 else "no votes yet" if waits else "–",
             **dict(metrics[3:]), "n (clips)": f"{r['n']} ({r['clips']})"})
         parts["details"].append({
-            "variant": r["name"], "frames": str(r["frames"]),
-            "Fréchet, real from real": number(r["frechet_floor"], ".4f"),
-            "KID x 1000": number(1000 * r["kid"]),
+            "variant": r["name"], "frames": str(r["frames"]), "Fréchet, real from real": floor,
+            "KID x 1000": f"{1000 * r['kid']:.3f}",
             METRICS["shape_frames"]: plus_minus(r["metrics"].get("shape_frames")),     # older runs lack it
             "tracks that Motion Fidelity rests on": f"{r['moving_tracks']:.0f} of {r['tracks']:.0f} "
                                                     f"(fewest {r['fewest_moving']})",
-            "samples without any": str(r["still"]), "training s": number(r["cost"]["train_seconds"], ".1f"),
-            "sampling s": number(r["cost"]["sample_seconds"], ".2f"),
-            "embedding parameters": number(r["cost"]["parameters"], ",.0f")})
+            "samples without any": str(r["still"]), "training s": f"{r['cost']['train_seconds']:.1f}",
+            "sampling s": f"{r['cost']['sample_seconds']:.2f}",
+            "embedding parameters": f"{r['cost']['parameters']:,.0f}"})
     parts["main"].append({**dict.fromkeys(parts["main"][0], "–"), "variant": "real from real",
-                          distance: number(rows[0]["frechet_floor"], ".4f")})
+                          distance: parts["details"][0]["Fréchet, real from real"]})
     for c in results["comparisons"]:
         parts["answers" if c["name"] in ABLATIONS else "others"].append(sentence(c))
         parts["differences"].append({"difference": f"{c['name']} (from {c['against']})", **{
@@ -1304,8 +1228,8 @@ def document(results):
     parts["notes"] = [
         f"Judges: {judges['clip']} for texts and frames; tracker {judges['tracker']}. The Fréchet distance "
         f"compares {judges['frechet']} features with those of {judges['real']}.",
-        "Chance level of Motion Fidelity, against reference clips of other motions: "
-        f"{plus_minus(results['chance'])}.", *parts["votes"]]
+        f"Chance level of Motion Fidelity, against clips of other motions: {plus_minus(results['chance'])}.",
+        *parts["votes"]]
     parts["run"] = ["{command}, {date}, {machine}: {computed} cells made in {minutes:.1f} minutes; finished: "
                     "{finished} of {planned}.".format_map({**results, **results["run"]})]
     return parts
@@ -1379,7 +1303,7 @@ def clip_rows(lab, most=12):
     parts = []
     for clip, prompt_index in itertools.product(lab.clips[:most], (*range(lab.settings.prompt_count), -1)):
         cells = [Cell(VARIANTS[name], clip, prompt_index, seed=0) for name in lab.settings.variants]
-        found = [(cell.variant.name, once(lab.paths.sample(cell))) for cell in cells]
+        found = [(cell.variant.name, once(lab.sample_path(cell))) for cell in cells]
         figures = [moving_clip(sample["frames"], name) for name, sample in found if sample]
         text = html.escape(f"{'prompt' if prompt_index >= 0 else 'its own caption'}: {cells[0].prompt}")
         parts += [f"<h3>{html.escape(clip.name)}</h3>"] if prompt_index == 0 else []
@@ -1389,9 +1313,7 @@ def clip_rows(lab, most=12):
 
 
 def write_report(out, results, lab=None):
-    """Writes the four files of the report; prints the table and the sentences. Without a lab the page keeps
-    the clips that it has: votes are counted where there may be no cells.
-    """
+    """Writes the four files of the report and prints most of it. Without a lab the page keeps its clips."""
     parts, forest, path = document(results), forest_plot(results), out / "report.html"
     write_text(out / "results.json", json.dumps(results, indent=1))
     order = "main", "others", "differences", "details", "notes", "run"
@@ -1412,26 +1334,22 @@ def write_report(out, results, lab=None):
 
 # =============================================== COMMAND LINE ===============================================
 
-COUNT = 1, 1e6
-
-
 @dataclasses.dataclass
 class Settings(mini_mi.SharedConfig):
     """Everything that a user can set; the command line is made from it."""
     clip_model: str = option("judges", None, "CLIP, folder or repository; default: MODEL/clip or ViT-B/32")
     tracker: str = option("judges", "lk", "Lucas-Kanade, or CoTracker 3", choices=("lk", "cotracker"))
-    grid: int = option("judges", 16, "tracked points per side; the paper's CoTracker takes 55", *COUNT)
-    clips: str = option("grid", None, "folder with clips.json: NAME -> caption, motion, prompts (default: "
-                        "rendered for the embedded models, else data/clips, of 16 frames)")
+    grid: int = option("judges", 16, "tracked points per side; the paper's CoTracker takes 55", 1, 1e6)
+    clips: str = option("grid", None, "folder with clips.json: NAME -> caption, motion, prompts (data/clips)")
     split: str = option("grid", "test", "which clips of the embedded world", choices=("test", "validation"))
     variants: str = option("grid", ",".join(DEFAULT_VARIANTS), f"to compare, of {', '.join(VARIANTS)}")
-    clip_count: int = option("grid", 11, "clips; the embedded world has any number", *COUNT)
-    prompt_count: int = option("grid", 2, "target prompts per clip", *COUNT)
-    seed_count: int = option("grid", 2, "sampling seeds per prompt", *COUNT)
-    training_seeds: int = option("grid", 1, "trainings of each kind per clip", *COUNT)
+    clip_count: int = option("grid", 11, "clips; the embedded world has any number", 1, 1e6)
+    prompt_count: int = option("grid", 2, "target prompts per clip", 1, 1e6)
+    seed_count: int = option("grid", 2, "sampling seeds per prompt", 1, 1e6)
+    training_seeds: int = option("grid", 1, "trainings of each kind per clip", 1, 1e6)
     quick: bool = option("grid", False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
-    invert_steps: int = option("sampling", mini_mi.INVERT_STEPS, "steps of the DDIM inversion", *COUNT)
-    sample_batch: int = option("sampling", 4, "samples made at once: 4 suits a CPU, a GPU likes more", *COUNT)
+    invert_steps: int = option("sampling", mini_mi.INVERT_STEPS, "steps of the DDIM inversion", 1, 1e6)
+    sample_batch: int = option("sampling", 4, "samples made at once: 4 suits a CPU, a GPU likes more", 1, 1e6)
     out: str = option("output", "out/eval", "folder for cells and report; a second run goes on there")
     dtype: str = option("output", None, "of the UNet (default: float32, on CUDA float16 for large models)",
                         choices=("float32", "bfloat16", "float16"))
@@ -1450,48 +1368,44 @@ def parse(argv=None):
     quick = {"clip_count": 3, "prompt_count": 1, "seed_count": 1} if "quick" in given else {}
     s = mini_mi.merged(Settings, model_says, model_says.get("eval", {}), quick, given)
     s.device = mini_mi.pick_device(s.device)
-    if s.device == "cuda":                         # under torchrun every process of a machine takes its own
-        # Where each task sees one card, as SLURM can have it, that is the one.
+    if s.device == "cuda":            # each process of a machine takes its own card, or the only one it sees
         card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         s.device = mini_mi.pick_device(f"cuda:{card}")
     s.dtype = s.dtype or ("float16" if s.device.startswith("cuda") and not s.world else "float32")
     names = s.variants.replace(",", " ").split()
-    for name in names:
-        if name not in VARIANTS:
-            raise UserError(f"--variants: {name} is none of {', '.join(VARIANTS)}")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"--variants: {unknown[0]} is none of {', '.join(VARIANTS)}")
     # `full`, and what some of them are held against, come along.
     s.variants = list(dict.fromkeys(["full", *names, *(VARIANTS[name].against for name in names)]))
     if s.report + s.ballot + bool(s.votes) > 1:
         raise UserError("--report, --ballot and --votes are three jobs: one after the other")
-    for path in s.votes or ():
-        if not Path(path).exists():
-            raise UserError(f"--votes {path}: there is no such file or folder")
+    if lost := [path for path in s.votes or () if not Path(path).exists()]:
+        raise UserError(f"--votes {lost[0]}: there is no such file or folder")
     return s
 
 
 def run(s):
     """The ballot, the votes or the report; else this rank's part of the grid, then the first one's report."""
-    out, older = Path(s.out), {}
     if s.ballot:
         return make_ballot(Lab(s))
-    if (s.report or s.votes) and (out / "results.json").exists():
-        older = mini_mi.read_json(out / "results.json")
+    out = Path(s.out)
+    older = mini_mi.read_json(out / "results.json") if (out / "results.json").exists() else {}
     if s.votes or s.report and not (out / "cells").is_dir():
         if not older:
             raise UserError(f"{out} has no finished cell of this grid, and no results.json: change --out")
         if s.votes:
             ballot = mini_mi.read_json(out / "ballot.json")
-            older["preference"] = preference(*read_votes(s.votes, ballot), ballot["variants"])
+            with mini_mi.built_from(out / "ballot.json"):
+                older["preference"] = preference(*read_votes(s.votes, ballot), ballot["variants"])
         with mini_mi.built_from(out / "results.json"):
             results = analyse(older)
         return write_report(out, results)
     lab, computed, minutes = (Lab(s), 0, 0.0) if s.report else run_experiment(s)
     if os.environ.get("RANK", "0") != "0":
         return
-    on_gpu = s.device.startswith("cuda")
+    card = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else None
     made = {"command": f"python eval_mi.py {shlex.join(sys.argv[1:])}", "date": time.strftime("%Y-%m-%d"),
-            "machine": torch.cuda.get_device_name(s.device) if on_gpu else
-                       f"{os.cpu_count()} CPU cores ({platform.machine()})",
+            "machine": card or f"{os.cpu_count()} CPU cores ({platform.machine()})",
             "ranks": int(os.environ.get("WORLD_SIZE", 1)), "computed": computed, "minutes": minutes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "scipy": scipy.__version__}}
@@ -1571,15 +1485,14 @@ class CLIPModel(nn.Module):
 
 
 def load_clip(folder, device="cpu"):
-    """A CLIP folder in HF layout -> (model, tokenizer, preprocess).
-    preprocess: frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop,
-    CLIP's mean and std. It rounds to 8 bits after resizing, as CLIP's own code for PIL pictures does.
-    """
+    """A CLIP folder in HF layout -> (model, tokenizer, preprocess)."""
     model = mini_mi.load_module(CLIPModel, folder, device, torch.float32)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
 
     def preprocess(frames):
-        """frames (F,h,w,3) uint8 -> pixels (F,3,s,s) float32, normalised"""
+        """frames (F,h,w,3) uint8 -> pixels (F,3,s,s): bicubic to s on the short side, centre crop, mean and
+        std. It rounds to 8 bits after resizing, as CLIP's own code for PIL pictures does.
+        """
         x = torch.as_tensor(frames).to(device).permute(0, 3, 1, 2).float()
         s, (height, width) = model.vision_model.image_size, x.shape[-2:]
         size = (s, int(s * width / height)) if height <= width else (int(s * height / width), s)
@@ -1614,15 +1527,6 @@ MIXED = {
     "Mixed_7b": MIXED_7.format("mean"), "Mixed_7c": MIXED_7.format("max")}
 
 
-def inception_layer(c_in, shape):
-    """CHANNELS:KERNEL -> convolution, BatchNorm, ReLU."""
-    channels, height, width, *stride = map(int, re.split("[:x/]", shape))
-    padding = 0 if stride else (height // 2, width // 2)
-    conv = nn.Conv2d(c_in, channels, (height, width), *stride, padding=padding, bias=False)
-    return nn.Sequential(collections.OrderedDict(
-        conv=conv, bn=nn.BatchNorm2d(channels, eps=0.001), relu=nn.ReLU()))
-
-
 class InceptionBlock(nn.ModuleDict):
     """A row of the tables: x (B,c_in,h,w) -> the channels of all its branches (B,width,h',w')."""
 
@@ -1632,16 +1536,22 @@ class InceptionBlock(nn.ModuleDict):
         for branch in row.split(", "):
             c, chain = c_in, []
             for step in branch.split():
-                if step in POOLS:
-                    chain.append([POOLS[step]])
-                    continue
-                layers = {prefix + name: inception_layer(c, shape)
-                          for name, shape in (layer.split("=") for layer in step.split("|"))}
-                self.update(layers)
-                chain.append([*layers.values()])                        # one layer, or the two of a fork
-                c = sum(layer.conv.out_channels for layer in layers.values())
+                # One layer, or the two of a fork; a pool keeps the channels.
+                layers = [POOLS.get(text) or self.add_layer(c, prefix + text) for text in step.split("|")]
+                c = c if step in POOLS else sum(layer.conv.out_channels for layer in layers)
+                chain.append(layers)
             self.branches.append(chain)
             self.width += c
+
+    def add_layer(self, c_in, text):
+        """NAME=CHANNELS:KERNEL -> convolution, BatchNorm, ReLU."""
+        name, shape = text.split("=")
+        channels, height, width, *stride = map(int, re.split("[:x/]", shape))
+        padding = 0 if stride else (height // 2, width // 2)
+        conv = nn.Conv2d(c_in, channels, (height, width), *stride, padding=padding, bias=False)
+        self[name] = nn.Sequential(collections.OrderedDict(
+            conv=conv, bn=nn.BatchNorm2d(channels, eps=0.001), relu=nn.ReLU()))
+        return self[name]
 
     def forward(self, x):
         out = []
@@ -1654,11 +1564,9 @@ class InceptionBlock(nn.ModuleDict):
 
 class InceptionV3(InceptionBlock):
     """The network of FID: x (B,3,h,w) in [0,1] -> pooled features (B,2048).
-
     Weights: pt_inception-2015-12-05, the FID paper's TensorFlow network ported by pytorch-fid; its keys. Not
     torchvision's: averages ignore padding, the last block pools by maximum, 1008 classes.
     """
-
     URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
            "pt_inception-2015-12-05-6726825d.pth")
 

@@ -1,1 +1,1 @@
-"""What belongs to the small models: worlds, weights, clips, and the recipes that made them."""
+"""A package, so that no other one called `data` on the path is imported in its place."""

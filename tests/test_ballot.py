@@ -1,5 +1,7 @@
 """The voting page in a real browser, and its votes: from a participant's keys and fingers to shares."""
+import base64
 import csv
+import hashlib
 import re
 import shutil
 import string
@@ -83,7 +85,7 @@ def test_votes_are_merged_each_question_once(tmp_path):
     save(paths[0], rows_of("b", answers(WISHES["keyboard"])))
     save(paths[1], rows_of("b", answers(["base", "full", "no-mqk", "base"])))
     votes, notes = eval_mi.read_votes(paths, BALLOT)
-    assert votes == [eval_mi.Vote(p, variant) for p, wish in (("a", "touch"), ("b", "keyboard"))
+    assert votes == [(p, variant) for p, wish in (("a", "touch"), ("b", "keyboard"))
                      for variant in WISHES[wish]]
     assert len(votes) == 8 and notes == []
 
@@ -105,7 +107,7 @@ def test_who_fails_a_check_is_left_out_and_counted(tmp_path, careless):
     save(tmp_path / "a.csv", rows_of("a", chosen))
     save(tmp_path / "b.csv", rows_of("b", answers(WISHES["keyboard"])))
     votes, notes = eval_mi.read_votes([tmp_path / "a.csv", tmp_path / "b.csv"], BALLOT)
-    assert {v.participant for v in votes} == {"b"} and len(votes) == 4
+    assert {person for person, _ in votes} == {"b"} and len(votes) == 4
     assert len(notes) == 1 and notes[0].startswith("1 of 2 participants left out")
 
 
@@ -144,7 +146,7 @@ def test_a_file_that_is_not_there_is_an_error_and_no_vote_is_no_number(tmp_path)
 
 def votes_of(wishes):
     """Votes without files: participant -> wish."""
-    return [eval_mi.Vote(name, variant) for name, wish in wishes.items() for variant in wish]
+    return [(name, variant) for name, wish in wishes.items() for variant in wish]
 
 
 def test_preference_worked_by_hand():
@@ -221,6 +223,15 @@ def test_the_page_names_no_variant_and_no_outside_address(ballot):
     found = [page.index(f'"{q.id}"') for q in QUESTIONS] + [page.index(f'"{key}"') for key in RIGHT]
     ids = [q.id for q in QUESTIONS] + list(RIGHT)
     assert sorted(ids) == [i for _, i in sorted(zip(found, ids))]   # by id: no other order shows
+
+
+def test_the_policy_names_the_style_and_the_script_of_the_page():
+    """Where they were changed, the message has the line that belongs into data/ballot.html."""
+    page = (mini_mi.HERE / "data" / "ballot.html").read_text(encoding="utf-8")
+    for kind in ("style", "script"):
+        text = re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in page
 
 
 # ---------------------------------------------------------------------------------------------- in a browser
