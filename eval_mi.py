@@ -629,7 +629,7 @@ def write_arrays(things, path):
 
 
 def once(path, make=None, read=read_arrays, write=write_arrays):
-    """The finished thing in a file. Where it is missing or damaged, make() gives it, to be kept; else None."""
+    """The finished thing in a file. Where it is missing or damaged, make() gives it and it is kept; or None."""
     try:
         with mini_mi.built_from(path):
             if path.exists():
@@ -1410,7 +1410,7 @@ def run(s):
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "scipy": scipy.__version__}}
     results = {"run": made, **collect(lab)}
-    if results["cells"] == older.get("cells"):       # they keep the note on the run that made them, and votes
+    if not computed and results["cells"] == older.get("cells"):     # the note on the run that made them stays
         results |= {"run": older["run"], "preference": older.get("preference")}
     write_report(out, analyse(results), lab)
 
