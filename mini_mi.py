@@ -1281,7 +1281,10 @@ SAFETENSORS_DTYPES = {
 def read_safetensors(path):
     """({name: tensor}, metadata). On disk: 8 bytes little-endian header length, JSON header, raw data."""
     with built_from(path, "is damaged, truncated or no safetensors file"):
-        whole = np.fromfile(path, np.uint8)                             # some file systems cannot map files
+        try:
+            whole = np.memmap(path, np.uint8, "c")                      # pages load when they are used
+        except OSError:
+            whole = np.fromfile(path, np.uint8)                         # some file systems cannot map files
         start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
         header, data, tensors = json.loads(whole[8:start].tobytes()), torch.from_numpy(whole)[start:], {}
         metadata = header.pop("__metadata__", {})
@@ -1362,8 +1365,9 @@ def load_module(build, folder, device, dtype):
         for name in weight_files(os.listdir(folder)):
             for key, value in load_tensors(folder / name).items():
                 # Every tool that writes 8-bit weights keeps their scales in a way of its own.
-                if value.itemsize == 1:
-                    raise UserError(f"{name} holds {value.dtype} numbers: get its float16 or float32 weights")
+                if value.itemsize == 1 or not value.isfinite().all():
+                    raise UserError(f"{name} holds {value.dtype} numbers in {key}, or some that are not "
+                                    "finite: get its float16 or float32 weights")
                 for old, new in OLD_ATTENTION.items():
                     key = key.replace(f".{old}.", f".{new}.")
                 if f"text_model.{key}" in expected:                        # transformers 5 leaves it out
@@ -1450,9 +1454,11 @@ def download(path, target, size, sha256):
             end = file.tell()
         if end < size:
             raise ConnectionError(f"the connection ended at byte {end} of {size}")
+        digest = hashlib.sha256()
         file.seek(0)
-        whole = np.fromfile(file, np.uint8)                    # as big as what is going to be loaded from it
-    if len(whole) > size or sha256 not in (None, hashlib.sha256(whole).hexdigest()):
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    if end > size or sha256 not in (None, digest.hexdigest()):
         part.unlink(missing_ok=True)
         raise UserError(f"{path} arrived damaged and was deleted: run it again, or check HF_ENDPOINT")
     if not target.is_file():                                   # else another process was faster

@@ -383,6 +383,12 @@ def edit_bytes(cut):
     return change
 
 
+def poison(path):
+    tensors = {key: value.clone() for key, value in mini_mi.load_tensors(path).items()}
+    tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    mini_mi.save_safetensors(path, tensors)
+
+
 class Evil:
     """A pickle that makes a folder when it is opened without care."""
 
@@ -414,7 +420,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
     (WEIGHTS, edit_bytes(lambda b: b[:len(b) // 2]), "truncated"),
     (WEIGHTS, edit_bytes(lambda b: b""), "safetensors"),
     (WEIGHTS, edit_bytes(lambda b: b"\xff" * 7 + b"\x7f" + b[8:]), "no safetensors file"),
-    (WEIGHTS, evil, "refused"), (WEIGHTS, lambda path: path.unlink(), "no weights, such as"),
+    (WEIGHTS, poison, "not finite"), (WEIGHTS, evil, "refused"), (WEIGHTS, lambda path: path.unlink(), "no weights, such as"),
     ("tokenizer/vocab.json", lambda path: path.unlink(), "vocab.json"),
     ("tokenizer/merges.txt", lambda path: path.unlink(), "merges.txt")])
 def test_bad_models(bad, tmp_path, tiny_random, name, change, match):
