@@ -523,9 +523,8 @@ def run_experiment(s):
             lab.pipeline.models.scheduler.timesteps(s.invert_steps)
             lab.judges.reference(lab.clips[0])
         wait()
-    batches = plan(s, lab.clips[rank::ranks])
-    batches = [batch for batch in batches if not all(map(lab.is_finished, batch))]
-    for batch in tqdm(batches, unit="batch", disable=rank > 0, smoothing=0):
+    todo = [batch for batch in plan(s, lab.clips[rank::ranks]) if not all(map(lab.is_finished, batch))]
+    for batch in tqdm(todo, unit="batch", disable=rank > 0, smoothing=0):
         # The whole batch again if one of it is missing: the same company gives the same last digits.
         samples = [once(lab.sample_path(cell)) for cell in batch]
         if not all(samples):
@@ -629,7 +628,7 @@ def write_arrays(things, path):
 
 
 def once(path, make=None, read=read_arrays, write=write_arrays):
-    """The finished thing in a file. Where it is missing or damaged, make() gives it and it is kept; or None."""
+    """The finished thing in a file. Where it is missing or damaged: what make() gives, now kept; or None."""
     try:
         with mini_mi.built_from(path):
             if path.exists():
@@ -723,7 +722,8 @@ class Judges:
         self.names = {"clip": "the tiny CLIP" if in_world else s.clip_model or "OpenAI's ViT-B/32",
                       "frechet": "tiny-CLIP" if in_world else "Inception",
                       "tracker": f"{s.tracker}, {s.grid} x {s.grid} points",
-                      "real": "rendered clips of the same prompts" if in_world else "clips of other content"}
+                      "real": "rendered clips of the same prompts" if in_world else
+                              "the reference clips, whose content is not what the prompts ask for"}
 
     @functools.cached_property
     def clip(self):
@@ -1057,8 +1057,8 @@ def make_ballot(lab, most=20):
 
 
 def attention_checks(questions, run_id):
-    """Two questions beyond doubt -> [(Question, id of the right candidate)]: of those references that change
-    most, one candidate is the reference itself, under its own caption, and the others stand still.
+    """Two questions beyond doubt -> [(Question, id of the right candidate)], of the references that change
+    most: one candidate is the reference itself, under its own caption, and the others stand still.
     """
     clips = {q.reference.tobytes(): q for q in questions}.values()   # a clip once, though it has many prompts
     change = [np.abs(np.diff(q.reference.astype(int), axis=0)).mean() for q in clips]
