@@ -113,13 +113,13 @@ class TemporalTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.attn1, self.attn2 = (Attention(width, heads, head_dim) for _ in range(2))
         self.ff = FeedForward(width)
-        self.name = None                    # its key in the UNet, by which `motion` knows it; set by the UNet
+        self.name = None      # its key in the UNet, by which `motion` knows it; set by UNet3DConditionModel
 
     def forward(self, x, grid, motion=None):
         for norm, attention, which in (self.norm1, self.attn1, "attn1"), (self.norm2, self.attn2, "attn2"):
             f = norm(x)
             m_qk, m_v = motion.at(self.name, which, grid, f) if motion is not None else (0, 0)
-            x = x + attention(f + m_qk, f + m_qk, f + m_v)      # makes queries, keys, values of them (Eq. 3)
+            x = x + attention(f + m_qk, f + m_qk, f + m_v)   # multi-head; for queries, keys, values   (Eq. 3)
         return x + self.ff(self.norm3(x))
 
 
@@ -138,7 +138,7 @@ class MotionEmbeddings(nn.Module):
     height, width    H, W of the clip's latents
     levels           UNet levels that get embeddings, 0 is the finest; default: the deepest one that has
                      attention, which for ZeroScope is the authors' choice (width 1280 on the way down and up)
-    use_mqk, use_mv  the ablations: False leaves the part out, here, or later at inference
+    use_mqk, use_mv  the ablations: False here, the part is not trained; set to False later, it is not added
     mqk_dims, mv_dims  1: shape (1, F, C);  2: (H*W, F, C)
     debias           diff | mean | none. `.eval()` adds debiased MV, `.train()` raw MV, unless
                      debias_in_training
@@ -249,8 +249,9 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
 
     M* = argmin_M E_{t,eps} || eps - eps_theta(x_t, t, c, M) ||^2  with everything but M frozen        (Eq. 4)
 
-    The defaults are those of the paper's text. Every step sees the clip at `batch` noise levels. The UNet
-    stays in eval mode; the authors' has dropout. The result has `losses`, one number per step.
+    The defaults are the authors'; 350 steps by their word, 400 in their configuration. Every step sees the
+    clip at `batch` noise levels. The UNet stays in eval mode; the authors' has dropout. The result has
+    `losses`, one number per step.
 
     lr_schedule    constant: the paper's; cosine: falls to zero, so that less noise of single steps remains
     checkpointing  recompute activations in backward: slower, much less memory
@@ -261,10 +262,10 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
     frames, height, width = latents.shape[2:]
     generator = torch.Generator().manual_seed(seed)
 
-    unet.requires_grad_(False)                                        # the model is frozen,
+    # The UNet is frozen; so are the networks that made latents and text. The embeddings alone learn.
+    unet.requires_grad_(False)
     motion = MotionEmbeddings(unet, frames, height, width, **settings).to(models.device)
-    # and the embeddings alone learn. AdamW's default decay, which the authors leave active: a step
-    # multiplies them by 1 - lr/100.
+    # AdamW's default decay, which the authors leave active: a step multiplies them by 1 - lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
     shares = {"constant": lambda step: 1.0,                           # of the learning rate
               "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)}
@@ -279,17 +280,14 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
     for step in bar:
         t = torch.randint(math.ceil(motion.t_min * T), T, (batch,), generator=generator)
         noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
-        # Drawn for mse, too: it and debiased see the same steps and noise (hybrid's LoRA draws more).
+        # Drawn for every loss, so that mse and debiased see the same steps and noise.
         anchor = torch.randint(frames, (), generator=generator).item()
         x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
-        if lora:
-            lora.step(models, x_t, t, text, target, scaler, generator)
-        prediction = predict(models, x_t, t, text, motion.train(), checkpointing)
-        error = motion_loss(loss, prediction, target, anchor)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(error).backward()
-        if lora:
-            lora.switch(on=False)
+        with lora.step(models, x_t, t, text, target, scaler, generator) if lora else contextlib.nullcontext():
+            prediction = predict(models, x_t, t, text, motion.train(), checkpointing)
+            error = motion_loss(loss, prediction, target, anchor)
+            scaler.scale(error).backward()
         if not error.isfinite():
             raise UserError(f"a loss is not finite at step {step}: lower --lr ({lr}) or use float32")
         scaler.step(optimizer)
@@ -387,7 +385,7 @@ def ddim_invert(models, latents, text, steps=50, progress=True):
     From the lowest timestep up, eps is taken from x of the level below; text (B,L,D) is of the empty prompt.
     """
     scheduler, x = models.scheduler, latents
-    below = 0                       # the clean latents count as step 0, the clean end of ZeroScope's schedule
+    below = 0                       # the clean latents count as noise level abar_0
     for t in tqdm(scheduler.timesteps(steps).flip(0), "inverting", unit="step", disable=not progress):
         eps = scheduler.epsilon(predict(models, x, t, text), t, x)
         x = scheduler.move(x, eps, scheduler.abar(below, x), scheduler.abar(t, x))
@@ -454,10 +452,10 @@ def decode_video(models, latents):
 class SpatialLoRA(nn.Module):
     """The helper of the hybrid loss: weight + up @ down for all linear layers of spatial transformers.
 
-    In 4 of 5 training steps it first learns from one random frame of the clip, seen as a clip of one frame,
-    and stays on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
-    need not hold. It is switched off between steps, and thrown away at the end. For a weight
-    (c_out, c_in), down (rank, c_in) starts normal with deviation 1 / rank and up (c_out, rank) at zero.
+    With probability 0.8 a training step first teaches it one random frame, seen as a clip of one frame, and
+    leaves it on while the motion embeddings learn from the whole clip: what it holds of the clip's looks they
+    need not hold. It is off between steps, and thrown away at the end. For a weight (c_out, c_in), down
+    (rank, c_in) starts normal with deviation 1 / rank and up (c_out, rank) at zero.
     Source: MotionDirector (arXiv 2310.08465), its rank and learning rate.
     """
 
@@ -477,18 +475,24 @@ class SpatialLoRA(nn.Module):
         for layer, weight, up, down in zip(self.layers, self.frozen, self.up, self.down):
             layer._parameters["weight"] = weight + (up @ down).to(weight.dtype) if on else weight
 
+    @contextlib.contextmanager
     def step(self, models, x_t, t, text, target, scaler, generator):
-        """With probability 0.8 learns from a frame of x_t and target (B,C,F,H,W) and is on; else is off."""
+        """With probability 0.8 it learns from a frame of x_t and target (B,C,F,H,W) and is on in the `with`
+        block, where the embeddings learn; else it is off there. Afterwards the model is as it was."""
         on = torch.rand((), generator=generator).item() < 0.8
         frame = torch.randint(x_t.shape[2], (), generator=generator).item()
-        self.switch(on)
-        if on:
-            error = nnf.mse_loss(predict(models, x_t[:, :, frame, None], t, text), target[:, :, frame, None])
-            self.optimizer.zero_grad(set_to_none=True)
-            scaler.scale(error).backward()
-            scaler.step(self.optimizer)
-            with torch.no_grad():                              # the clip's step trains the embeddings alone
+        try:
+            if on:
                 self.switch(on)
+                seen = predict(models, x_t[:, :, frame, None], t, text)
+                self.optimizer.zero_grad(set_to_none=True)
+                scaler.scale(nnf.mse_loss(seen, target[:, :, frame, None])).backward()
+                scaler.step(self.optimizer)
+                with torch.no_grad():        # from here a constant: the block must not train it
+                    self.switch(on)
+            yield
+        finally:
+            self.switch(on=False)
 
 
 # ============================================================================================================
@@ -527,17 +531,16 @@ class UNet3DConditionModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = dict(config)
-        downs = [WITH_ATTENTION] * 3 + [PLAIN]
         c = read_config(
-            "UNet", config, in_channels=4, out_channels=4, down_block_types=tuple(downs),
-            up_block_types=tuple(mirrored(downs)), block_out_channels=(320, 640, 1280, 1280),
-            layers_per_block=2, norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1024,
-            attention_head_dim=64,
+            "UNet", config, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+            down_block_types=(*[WITH_ATTENTION] * 3, PLAIN), layers_per_block=2, norm_num_groups=32,
+            norm_eps=1e-5, cross_attention_dim=1024, attention_head_dim=64,
             only=dict(downsample_padding=1, mid_block_scale_factor=1, act_fn="silu", num_attention_heads=None,
                       time_cond_proj_dim=None, _class_name="UNet3DConditionModel"))
         widths, downs, n = c.block_out_channels, list(c.down_block_types), len(c.block_out_channels)
+        ups = [kind.replace("Down", "Up") for kind in reversed(downs)]
         if (not {WITH_ATTENTION} <= set(downs) <= {WITH_ATTENTION, PLAIN} or len(downs) != n
-                or list(c.up_block_types) != mirrored(downs)):
+                or list(config.get("up_block_types", ups)) != ups):
             raise UserError(f"UNet config: down_block_types {downs} and their mirror up_block_types should "
                             f"be of {WITH_ATTENTION} and {PLAIN}, one with attention, as many as "
                             "block_out_channels")
@@ -602,11 +605,6 @@ class UNet3DConditionModel(nn.Module):
                 hidden = double(hidden, size=skips[-1].shape[-2:])
         out = self.conv_out(nnf.silu(self.conv_norm_out(hidden)))
         return out.unflatten(0, (batch, frames)).transpose(1, 2)
-
-
-def mirrored(downs):
-    """The kinds of the levels on the way up, for those on the way down."""
-    return [kind.replace("Down", "Up") for kind in reversed(downs)]
 
 
 def level_grid(height, width, level):
@@ -1231,7 +1229,7 @@ def atomic_write(path):
 @contextlib.contextmanager
 def built_from(path, problem="cannot be used", advice="get it again"):
     """The guard at the door through which a file enters: whatever goes wrong while something is built from it
-    is one UserError that names the file. Only a lack of memory is not the file's fault."""
+    is one UserError that names the file. A lack of memory passes through."""
     try:
         if os.path.isfile(path) and os.path.getsize(path) < 500 and b"//git-lfs" in Path(path).read_bytes():
             raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
@@ -1267,7 +1265,7 @@ def read_config(kind, config, only=None, **fields):
             raise UserError(f"{kind} config: {field} = {settings[field]} is not implemented, only {known}")
     for field, default in fields.items():
         value = config.get(field, default)
-        # A number of a wrong type could fail at use; anything else fails where the part is built.
+        # Numbers are converted here; other wrong types fail where the part is built.
         settings[field] = type(default)(value) if type(default) in (int, float) else value
     return SimpleNamespace(**settings)
 
@@ -1630,11 +1628,6 @@ def call_ffmpeg(*arguments, data=b""):
     return done.returncode == 0, (complaints or [""])[0], printed
 
 
-def check_ffmpeg():
-    """UserError if ffmpeg is missing or broken: to be known before a training, not after it."""
-    call_ffmpeg("-version")
-
-
 def read_film(path, size, frames, start, duration):
     """Frames of a video file, upright, with square pixels, in SDR.
 
@@ -1656,9 +1649,9 @@ def read_film(path, size, frames, start, duration):
     filters = (f"{part},{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,showinfo=checksum=0,"
                f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
                f"format=rgba,crop={width}:{height}")
-    with tempfile.NamedTemporaryFile(suffix=".raw") as file:
-        fine, said, told = call_ffmpeg(*decoder, *film, "-vf", filters, each, "passthrough", "-f", "rawvideo",
-                                       "-y", file.name)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = f"{folder}/frames.rgb"                                    # by its name raw pixels to ffmpeg
+        fine, said, told = call_ffmpeg(*decoder, *film, "-vf", filters, each, "passthrough", raw)
         shown = re.findall(r"pts_time:(\S+) .* s:(\d+)x(\d+) ", told)
         said = said.removeprefix(f"file:{path}: ") or "no frames" * (not shown)
         if re.search("partial file|prematurely|Invalid NAL unit size", said):
@@ -1673,8 +1666,12 @@ def read_film(path, size, frames, start, duration):
         stamps, first = np.unique(np.maximum.accumulate([float(t) for t, *_ in shown]), return_index=True)
         end = stamps[-1] + (stamps[-1] - stamps[-2] if len(stamps) > 1 else 0.04)
         times = np.interp(np.arange(len(shown) + 1), [*first, len(shown)], [*stamps, end])
-        pictures = np.memmap(file.name, np.uint8, "r").reshape(-1, height, width, 4)
-        return [fit(Image.fromarray(pictures[n]), size) for n in evenly(times, frames, start, duration)]
+        video, length = [], 4 * width * height
+        with open(raw, "rb") as file:
+            for n in evenly(times, frames, start, duration):
+                file.seek(length * n)
+                video.append(fit(Image.frombytes("RGBA", size, file.read(length)), size))
+        return video
 
 
 def read_video(path, frames, size, start=0.0, duration=None):
@@ -1834,8 +1831,8 @@ class Config(SharedConfig):
     negative_prompt: str = option("sampling", "", "what to keep away from")
     seed: int = option("sampling", 0, "random seed of training and sampling", 0, 2 ** 62)
     seeds: int = option("sampling", 1, "clips per prompt, of as many seeds in a row", 1, 1e4)
-    compare: bool = option("sampling", True, "no clips without embeddings", flag="--no-compare")
-    out: str = option("output", "out", "folder for the results; if it holds a run: out-2, out-3, ...")
+    compare: bool = option("sampling", True, "skip the clips without embeddings", flag="--no-compare")
+    out: str = option("output", "out", "folder for the results; if it holds files: out-2, out-3, ...")
     fps: float = option("output", 8, "frames per second of what is written", 1, 500)
     format: str = option("output", "gif", "kind of file for the clips", choices=("gif", "webp", "mp4"))
     dtype: str = option("output", "auto", "of the UNet; auto: float16 on cuda, float32 elsewhere",
@@ -1956,7 +1953,7 @@ def settle(given):
     motion_says = motion_settings(motion, given.get("video")) if motion else {}
     model = given.get("model") or motion_says.get("model") or Config.model
     model_says = model_settings(model)
-    video = given.get("video") or motion_says.get("video")
+    video = os.path.expanduser(given["video"]) if "video" in given else motion_says.get("video")
     if not video and not motion and model_says.get("world"):
         video = str(HERE / "data" / "clips" / f"{DEFAULT_CLIP}.webp")
     if video and model_says.get("world") and Path(video).resolve().parent != HERE / "data" / "clips":
@@ -1967,14 +1964,15 @@ def settle(given):
         model_says,                                # what the model's folder says of itself,
         clip_settings(video) if video else {},     # the clip's entry in clips.json,
         {**motion_says, "video": video},           # how the motion file was made,
-        {**given, "model": model})                 # and what was given
+        {**given, "model": model, "video": video})   # and what was given
     check(config, motion)
     return config, motion
 
 
 def check(config, motion):
     """Refuses what would spoil the run, before it costs an hour; settles video, device and dtype."""
-    if motion and config.noise_prior == 0 and not os.path.exists(config.video or ""):
+    remembered = motion and config.video in (None, motion.source.get("video"))
+    if remembered and config.noise_prior == 0 and not os.path.exists(config.video or ""):
         config.video = None                                         # only the start noise needs it
     elif not config.video:
         raise UserError("this motion file does not say which clip it was trained on: give --video, or "
@@ -1996,7 +1994,7 @@ def check(config, motion):
     if not (config.use_mqk or config.use_mv and config.motion_type == "object"):
         raise UserError("neither MQK nor MV is in use: nothing is left; drop --no-mqk, --no-mv or camera")
     if config.format == "mp4":
-        check_ffmpeg()                                                # now, not after the training
+        call_ffmpeg("-version")                                       # now, not after the training
     config.device = pick_device(config.device)
     if config.dtype == "auto":
         config.dtype = "float16" if config.device.startswith("cuda") else "float32"
@@ -2026,7 +2024,7 @@ def describe(config, motion):
 
 
 def new_folder(out):
-    """The folder `out`, made if need be, or out-2, out-3, ...: one that holds files is left as it is."""
+    """The folder `out`, or out-2, out-3, ... if it holds files: these are left as they are."""
     folder, number = Path(absolute(out)), 1
     while folder.is_dir() and os.listdir(folder):
         number += 1
@@ -2078,7 +2076,7 @@ def learn(config, models, latents, text, folder):
 
 
 def fitted(config, models, motion, grid):
-    """The motion as the run will use it: of --motion, with its settings, or untrained.
+    """The motion of --motion with the run's settings, or one like that which the training will make.
 
     UserError: it does not fit the model, or the steps do not fit the schedule. Better now than after hours.
     """
@@ -2089,7 +2087,7 @@ def fitted(config, models, motion, grid):
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         return MotionEmbeddings(models.unet, config.frames, *grid, levels=config.levels or None, **settings)
     motion.use_mqk, motion.debias, motion.t_min = config.use_mqk, config.debias, config.t_min
-    motion.use_mv = config.use_mv and config.motion_type == "object"        # camera: its size does not matter
+    motion.use_mv = config.use_mv and config.motion_type == "object"        # camera: its grid may differ
     check_fits(motion, models.unet, config.frames, *grid)
     return motion.to(models.device)
 
@@ -2150,8 +2148,7 @@ def run(config, motion=None):
     seconds = round(time.perf_counter() - began, 2)
     write_record(folder, config, seconds=seconds, peak_cuda_bytes=peak, invert_steps=INVERT_STEPS,
                  losses=motion.losses, embedding_parameters=sum(p.numel() for p in motion.parameters()))
-    out = min(str(folder), os.path.relpath(folder), key=len)
-    print(f"done in {seconds:.0f} s: look at {out}/*-compare.{config.format}, {out}/sheet.png")
+    print(f"done in {seconds:.0f} s: look at {folder}/*-compare.{config.format}, {folder}/sheet.png")
 
 
 def guarded(job):

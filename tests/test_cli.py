@@ -146,6 +146,19 @@ def test_a_motion_file_whose_clip_is_gone(start, clip, tmp_path, capsys):
     capsys.readouterr()
     refused(capsys, start("--motion", motion, prior="0.5", **reuse)[0], tmp_path / "nothing", {}, "gone.gif")
     assert start("--motion", motion, prior="0", **reuse)[0] == 0
+    capsys.readouterr()
+    reuse["video"] = tmp_path / "typo.gif"                        # a clip that was asked for has to be there
+    refused(capsys, start("--motion", motion, prior="0", **reuse)[0], tmp_path / "nothing", {}, "typo.gif")
+
+
+def test_a_clip_in_the_home_folder_is_found_with_its_entry(start, clip, tmp_path, monkeypatch):
+    """~ holds for clips.json, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(clip, tmp_path / "square.gif")
+    (tmp_path / "clips.json").write_text('{"square": {"caption": "a red star", "prompts": ["a cat"]}}')
+    status, out = start(video="~/square.gif", shows=[])
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert status == 0 and (config["source_prompt"], config["prompts"]) == ("a red star", ["a cat"])
 
 
 def test_an_empty_source_prompt_is_one(start):
