@@ -586,8 +586,8 @@ class UNet3DConditionModel(nn.Module):
         hidden = self.conv_in(x.transpose(1, 2).flatten(0, 1).contiguous())                   # (B*F, C, H, W)
         hidden = self.transformer_in(hidden, frames)
         recompute = functools.partial(checkpoint, use_reentrant=False)
-        run = recompute if checkpointing else lambda part, *args: part(*args)
-        rest = emb, text, frames, motion, run
+        call = recompute if checkpointing else lambda part, *args: part(*args)
+        rest = emb, text, frames, motion, call
         skips = [hidden]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
@@ -636,15 +636,15 @@ class UNetBlock3D(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample2D(width, (1, 1, 1, 1))] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample2D(width)] if upsample else [])
 
-    def layer(self, i, x, emb, text, frames, motion, run):
-        """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W); run(part, *inputs) runs a part.
+    def layer(self, i, x, emb, text, frames, motion, call):
+        """Layer i of this level, (B*F, c_in, H, W) -> (B*F, c_out, H, W); call(part, *inputs) calls a part.
 
         Checkpointing recomputes one part at a time: the activations of a whole layer would be the peak.
         """
-        x = run(lambda x: self.temp_convs[i](self.resnets[i](x, emb), frames), x)
+        x = call(lambda x: self.temp_convs[i](self.resnets[i](x, emb), frames), x)
         if i < len(self.attentions):
-            x = run(self.attentions[i], x, text)
-            x = run(self.temp_attentions[i], x, frames, motion)
+            x = call(self.attentions[i], x, text)
+            x = call(self.temp_attentions[i], x, frames, motion)
         return x
 
 
@@ -1540,7 +1540,8 @@ def check_crop(stored, size):
     if min(stored) < 8:
         raise UserError(f"frames of {stored} pixels: 8 x 8 are the least")
     across, down = np.divide(size, stored)                             # the larger one is the scale in `fit`
-    if (lost := 1 - min(across, down) / max(across, down)) > 0.2:
+    lost = 1 - min(across, down) / max(across, down)
+    if lost > 0.2:
         # The same shape in about as many pixels; autoencoders take multiples of 8.
         width, height = (max(8, 8 * round(pixels * math.sqrt(across * down) / 8)) for pixels in stored)
         print(f"note: the crop takes away {lost:.0%} of the {'width' if across < down else 'height'}: "
@@ -1575,7 +1576,8 @@ def read_animation(path, size, *part):
     merge equal neighbours into one longer frame, which is undone here."""
     with open_picture(path) as image:
         # An APNG may begin with a still for old viewers that is no part of the clip.
-        stored, lasts = range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1)), []
+        first, lasts = 1 if image.info.get("default_image") else 0, []
+        stored = range(first, getattr(image, "n_frames", 1))
         for index in stored:
             image.seek(index)
             image.load()                                                 # WebP has no durations before that
@@ -2069,8 +2071,8 @@ def learn(config, models, latents, text, folder):
         if not reached:
             raise
         reached["motion"].save(reached["file"])
-        raise UserError("stopped after step {step} of {0}: what was learned is in {file}; use it with "
-                        "--motion {file}".format(config.steps, **reached)) from None
+        raise UserError(f"stopped after step {reached['step']} of {config.steps}: what was learned is in "
+                        f"{reached['file']}; use it with --motion {reached['file']}") from None
     motion.save(folder / "motion.safetensors")
     return motion
 
@@ -2095,7 +2097,7 @@ def fitted(config, models, motion, grid):
 def run(config, motion=None):
     """The main job: train the reference's motion, or take `motion`; sample every prompt; write to --out."""
     # ---- load, and find out what does not fit
-    began, trained, (pixels, grid) = time.perf_counter(), motion is None, sizes(config)
+    began, training, (pixels, grid) = time.perf_counter(), motion is None, sizes(config)
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
     motion = fitted(config, models, motion, grid)
     if config.video:
@@ -2109,11 +2111,11 @@ def run(config, motion=None):
     # ---- encode. All randomness comes from seeds, so equal settings repeat the same frames.
     source_text, empty, negative, *texts = (encode_prompt(models, [prompt]) for prompt in (
         config.source_prompt or "", "", config.negative_prompt, *config.prompts))
-    if not config.motion_file or config.noise_prior > 0:   # one draw for every seed: --seeds and --seed agree
+    if training or config.noise_prior > 0:             # one draw for every seed: --seeds and --seed agree
         latents = encode_video(models, to_model_range(reference), torch.Generator().manual_seed(1_000_000))
 
     # ---- train
-    if trained:
+    if training:
         motion = learn(config, models, latents, source_text, folder)
         motion.use_mv &= config.motion_type == "object"
 
