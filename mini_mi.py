@@ -1655,7 +1655,7 @@ def read_film(path, size, frames, start, duration):
         raw = f"{folder}/frames.rgb"                                    # by its name raw pixels to ffmpeg
         fine, said, told = call_ffmpeg(*decoder, *film, "-vf", filters, each, "passthrough", raw)
         shown = re.findall(r"pts_time:(\S+) .* s:(\d+)x(\d+) ", told)
-        said = said.removeprefix(f"file:{path}: ") or "no frames" * (not shown)
+        said = said.removeprefix(f"file:{path}: ") or (not shown) * f"no frames after second {start:g}"
         if re.search("partial file|prematurely|Invalid NAL unit size", said):
             raise UserError(f"ffmpeg says: {said}; it is damaged or cut off, get it again")
         if not fine or not shown:

@@ -310,6 +310,7 @@ def test_a_part_of_a_film_is_the_same_frames_in_every_container(film, name, opti
         mini_mi.read_video(path, 4, (160, 96), start=2.6))] == [26, 27, 28, 29]
     refused("has 9 frames, but 11 are needed", path, 11, (160, 96), start=1.5, duration=0.9)
     refused("s long: --start 2.5", path, 4, (160, 96), start=2.5, duration=2)
+    refused("no frames after second 9", path, 4, (160, 96), start=9)
 
 
 def joined(film):
