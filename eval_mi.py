@@ -6,8 +6,8 @@ of them. Here each part is left out of the training (no-mqk, no-mv) or dropped a
 Both are compared with the full method on the same clips, prompts and start noise, between two bounds: no
 embeddings at all below, the reference through the autoencoder above.
 
-    python eval_mi.py                  the default grid on the embedded model, 36 times as long as mini_mi.py
-    python eval_mi.py --quick          a small grid, 9 times as long as mini_mi.py
+    python eval_mi.py                  the default grid on the embedded model, 32 times as long as mini_mi.py
+    python eval_mi.py --quick          a small grid: 3 clips, 1 prompt, 1 seed
     python eval_mi.py --report         the report again: from finished cells, else from results.json alone
     python eval_mi.py --ballot         ballot.html, a page on which people vote
     python eval_mi.py --votes FILES    counts their votes; needs results.json and ballot.json, but no cells
