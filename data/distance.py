@@ -1,4 +1,4 @@
-"""Where does a variant's Frechet distance from real clips come from? From the cells of a run in the tiny world:
+"""Where does a variant's Frechet distance from real clips come from? Read off the cells of a run:
 
     python eval_mi.py --clip-count 5 --variants full,no-mqk,no-mv,base --out out/five
     python data/distance.py out/five
@@ -22,7 +22,7 @@ import world                                                                    
 
 
 def corrected(frames, prompt, sprite, ground):
-    """frames (F,h,w,3) uint8 with the prompt's own colour for the sprite, its background for the rest, or both.
+    """frames (F,h,w,3) uint8 with the prompt's colour for the sprite, its background for the rest, or both.
 
     The background stands still, at the offset of a scene of its own.
     """
@@ -41,7 +41,7 @@ def main(folder):
     """Prints a Markdown table: a row for every variant in `folder`, then the two rendered ones."""
     model, _, preprocess = eval_mi.load_clip(HERE / "tiny" / "clip")
     references = {clip["name"]: clip for clip in (world.reference("test", n) for n in range(200))}
-    cells = collections.defaultdict(list)                            # variant -> [(reference, prompt, frames)]
+    cells = collections.defaultdict(list)                          # variant -> [(reference, prompt, frames)]
     for file in sorted(Path(folder).glob("cells/*/*.npz")):
         variant, prompt = re.fullmatch(r"(.+)-p(\d+)-s.*", file.stem).groups()
         reference = references[file.parent.name]
