@@ -1621,8 +1621,8 @@ def call_ffmpeg(*arguments, data=b""):
         raise UserError(f"this needs the program ffmpeg, which cannot be started ({one_line(error)}): "
                         "install it, or use .gif or .webp") from error
     printed = done.stderr.decode(errors="replace")
-    # Lines of its muxer "null" do not count: nothing is written with it.
-    complaints = re.findall(r"^(?:\[(?!null)[^]]*\] )?\[(?:error|fatal)\] (.*)", printed, re.MULTILINE)
+    # What its muxers of raw frames say does not count: equal time stamps are no fault here.
+    complaints = re.findall(r"^(?:\[(?!null|rawvideo)[^]]*\] )?\[(?:error|fatal)\] (.*)", printed, re.MULTILINE)
     if done.returncode and not complaints:
         last = (printed.strip() or "no message").splitlines()[-1]
         raise UserError(f"the program ffmpeg does not work (exit status {done.returncode}, {last}): "

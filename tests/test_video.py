@@ -344,11 +344,12 @@ def raw_stream(film):
 
 
 @pytest.mark.parametrize("make", [joined, of_two_sizes, of_equal_stamps, raw_stream])
-def test_the_bar_moves_evenly_in_films_as_recorders_write_them(film, make):
+def test_the_bar_moves_evenly_in_films_as_recorders_write_them(film, capsys, make):
     path = make(film)
     for frames, places in ((40, range(40)), (20, range(1, 40, 2)), (10, range(2, 40, 4))):
         video = mini_mi.read_video(path, frames, (160, 96))
         assert [round(p / 3) for p in bar_positions(video)] == [*places]
+    assert "dts" not in capsys.readouterr().out                    # what ffmpeg says of its own output
     assert np.abs(corners(video[0]) - COLOURS).max() < 25 and np.abs(corners(video[-1]) - COLOURS).max() < 25
     refused("has 40 frames, but 41 are needed", path, 41, (160, 96))
 
