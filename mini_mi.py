@@ -1622,7 +1622,7 @@ def call_ffmpeg(*arguments, data=b""):
                         "install it, or use .gif or .webp") from error
     printed = done.stderr.decode(errors="replace")
     # What its muxers of raw frames say does not count: equal time stamps are no fault here.
-    complaints = re.findall(r"^(?:\[(?!null|rawvideo)[^]]*\] )?\[(?:error|fatal)\] (.*)", printed, re.MULTILINE)
+    complaints = re.findall(r"^(?:\[(?!null|rawvideo)[^]]*\] )?\[(?:error|fatal)\] (.*)", printed, re.M)
     if done.returncode and not complaints:
         last = (printed.strip() or "no message").splitlines()[-1]
         raise UserError(f"the program ffmpeg does not work (exit status {done.returncode}, {last}): "
