@@ -837,7 +837,7 @@ def collect(lab):
 def distance_to_real(lab, samples):
     """A variant's samples against real clips -> (the Frechet distance, a function of clip names; all these
     names; facts). In the tiny world the real set has a rendered clip of the same prompt in random motion for
-    every sample; a second such set gives the floor, real from real. Elsewhere it is the reference clips.
+    every sample; a second such set gives the floor, real from real. Elsewhere: references, half from half.
     """
     by_clip, judges, floor = grouped(samples, lambda s: s.cell.clip.name), lab.judges, None
     names = tuple(by_clip)
@@ -857,6 +857,7 @@ def distance_to_real(lab, samples):
         floor = frechet_distance(pooled(real), pooled(again))
     else:
         real = {s.cell.clip.name: judges.reference(s.cell.clip)["fid_features"] for s in samples}
+        floor = frechet_distance(pooled(real, names[::2]), pooled(real, names[1::2])) if names[1:] else None
     distance = functools.cache(lambda some: frechet_distance(pooled(fake, some), pooled(real, some)))
     return distance, names, {"frechet": jackknife(distance, names), "frechet_floor": floor,
                              "kid": kernel_distance(pooled(fake), pooled(real)), "frames": len(pooled(fake))}
@@ -1400,15 +1401,14 @@ def run(s):
     lab, computed, minutes = (Lab(s), 0, 0.0) if s.report else run_experiment(s)
     if os.environ.get("RANK", "0") != "0":
         return
-    card = ""
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     if s.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated(s.device) / 2 ** 30
-        card = f"{torch.cuda.get_device_name(s.device)}, {peak:.1f} GiB at the peak"
+        machine = f"{torch.cuda.get_device_name(s.device)}, {peak:.1f} GiB at the peak"
     made = {"command": f"python eval_mi.py {shlex.join(sys.argv[1:])}", "date": time.strftime("%Y-%m-%d"),
-            "machine": card or f"{os.cpu_count()} CPU cores ({platform.machine()})",
-            "ranks": int(os.environ.get("WORLD_SIZE", 1)), "computed": computed, "minutes": minutes,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__, "scipy": scipy.__version__}}
+            "machine": machine, "ranks": int(os.environ.get("WORLD_SIZE", 1)), "computed": computed,
+            "minutes": minutes, "versions": {"python": platform.python_version(), **{
+                module.__name__: module.__version__ for module in (torch, np, scipy)}}}
     results = {"run": made, **collect(lab)}
     if not computed and results["cells"] == older.get("cells"):     # the note on the run that made them stays
         results |= {"run": older["run"], "preference": older.get("preference")}

@@ -119,7 +119,7 @@ def test_a_run_counts_every_cell_once(finished):
 
 def test_the_judges_of_public_models(model, tmp_path, monkeypatch):
     """Clips of one's own and another CLIP: features for the Frechet distance are Inception's, on every fourth
-    frame but on two at least; there are no attributes, and no second set of real clips for a floor. (Random
+    frame but on two at least; there are no attributes; the floor is one reference from the other. (Random
     weights: the published ones are compared in test_clip_inception.py.)
     """
     torch.manual_seed(0)
@@ -140,13 +140,14 @@ def test_the_judges_of_public_models(model, tmp_path, monkeypatch):
     assert results["judges"]["frechet"] == "Inception" and results["judges"]["clip"] == str(judge)
     assert results["finished"] == 2 * 2
     assert all("attributes" not in row["metrics"] and row["frames"] == 2 * 2 for row in results["rows"])
-    assert all(row["frechet_floor"] is None for row in results["rows"])
     videos = [mini_mi.read_video(tmp_path / f"{name}.webp", 4, (64, 64)) for name in listing]
     with torch.no_grad():                                       # frames 0 and 2 of both references
         real = torch.cat([network(torch.from_numpy(video[::2]).permute(0, 3, 1, 2) / 255) for video in videos])
     full = [eval_mi.read_arrays(path)["fid_features"] for path in sorted((out / "scores").rglob("full-*.npz"))]
     assert results["rows"][0]["frechet"][0] == pytest.approx(
         eval_mi.frechet_distance(np.concatenate(full), real), rel=1e-4)
+    floor = eval_mi.frechet_distance(real[:2], real[2:])                       # one reference from the other
+    assert all(row["frechet_floor"] == pytest.approx(floor, rel=1e-4) for row in results["rows"])
     kept = next((out / "scores").rglob("full-*.npz"))
     assert eval_mi.read_arrays(kept)["fid_features"].shape == (2, 2048)
 
