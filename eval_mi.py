@@ -674,9 +674,9 @@ class Pipeline:
             motion = mini_mi.train_motion(
                 self.models, latents, text, **self.lab.trainings[training], seed=train_seed,
                 checkpointing=s.checkpointing, progress=False)
-            motion.source = {"model": s.model, "prompt": clip.caption, "frames": s.frames, "size": s.size,
-                             "cost": {"train_seconds": time.perf_counter() - began,
-                                      "parameters": sum(p.numel() for p in motion.parameters())}}
+            motion.source = {"model": s.model, "frames": s.frames, "size": s.size, "cost": {
+                "train_seconds": time.perf_counter() - began,
+                "parameters": sum(p.numel() for p in motion.parameters())}}
             return motion
 
         path = self.lab.motion_path(clip, training, train_seed)

@@ -140,7 +140,8 @@ def train(stage, model, loss_of, args, watch=None):
     steps, peak = max(1, int(steps * args.scale)), args.lr or peak
     state_file, log_file = args.work / f"{stage}.pt", args.work / f"{stage}.jsonl"
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=True)
     first = 0
     if state_file.exists():
         state = torch.load(state_file, map_location=args.device, weights_only=True)
@@ -384,7 +385,12 @@ def train_unet(stage, args):
     """
     frames, (_, config) = {"images": 1, "clips8": 8, "clips": 16}[stage], configs(args.model)
     if stage == "images" and (args.fresh or not (args.to / "unet").exists()):
-        write_part(args, "unet", mini_mi.UNet3DConditionModel(config), config)
+        unet = mini_mi.UNet3DConditionModel(config)
+        # A layer that starts as the identity lets a video model begin as the picture model that it was.
+        for name, parameter in unet.named_parameters():
+            if ".conv4.3." in name:                       # the last convolution of a TemporalConvLayer
+                torch.nn.init.zeros_(parameter)
+        write_part(args, "unet", unet, config)
     models, latents, captions = latent_pool(args, seed=POOLS * args.seed + 5)
     every = world.all_captions()
     texts = mini_mi.encode_prompt(models, [*every, ""])

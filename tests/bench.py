@@ -129,8 +129,9 @@ def fits(model, size, frames):
     """Prints one table: what a step of each job needs."""
     config, factor = {}, 8
     if model != "zeroscope":
-        config = mini_mi.model_config(model, "unet")
-        factor = 2 ** (len(mini_mi.model_config(model, "vae").get("block_out_channels", (64,))) - 1)
+        folder = mini_mi.model_folder(model, weights=False)
+        config, vae = (mini_mi.read_json(folder / part / "config.json") for part in ("unet", "vae"))
+        factor = 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
     width, height = (int(side) // factor for side in size.split("x"))
     print(f"{model}, {frames} frames of {size}, float16: one step of\n\n"
           f"{'':31}GiB at the peak   TFLOP")

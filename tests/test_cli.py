@@ -80,7 +80,7 @@ def test_files_of_a_run(start, capsys):
     assert record["seconds"] > 0 and record["invert_steps"] == 50
     tensors = safetensors.torch.load_file(out / "motion.safetensors")
     assert record["embedding_parameters"] == sum(v.numel() for v in tensors.values())
-    assert mini_mi.MotionEmbeddings.load(out / "motion.safetensors").source["prompt"] == "a red star"
+    assert mini_mi.MotionEmbeddings.load(out / "motion.safetensors").source["source_prompt"] == "a red star"
     last = safetensors.torch.load_file(out / "motion-step2.safetensors")
     first = safetensors.torch.load_file(out / "motion-step1.safetensors")
     assert all(torch.equal(last[k], tensors[k]) and not torch.equal(first[k], tensors[k]) for k in tensors)
@@ -267,11 +267,11 @@ def test_how_to_learn_means_nothing_to_a_learned_motion(start, capsys, tmp_path,
 def test_dry_run_writes_nothing(start, capsys):
     """And says what would happen."""
     status, out = start("--dry-run")
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert status == 0 and not out.exists()
     expected = 3 * (1 + 2 * 16) * 4 * 32  # three blocks: MQK (1,4,32) and two MV (4*4,4,32)
-    for word in ("tiny_random", "square.gif", "frames 4, size 32x32", f"{expected:,} parameters",
-                 "sample_steps 2", "a green circle"):
+    for word in ("tiny_random", "square.gif", "frames=4", "size='32x32'", f"{expected:,} parameters",
+                 "sample_steps=2", "a green circle"):
         assert word in text, word
 
 
@@ -343,7 +343,7 @@ def make_bad_video(kind, path, clip):
 
 
 @pytest.mark.parametrize("name, kind, match", [
-    ("x.gif", "missing", "does not exist"), ("x.gif", "empty", "is empty"), ("x.mp4", "empty", "is empty"),
+    ("x.gif", "missing", "No such file"), ("x.gif", "empty", "is empty"), ("x.mp4", "empty", "is empty"),
     ("x.gif", "truncated", "damaged|truncated"), ("x.gif", "text", "no video|ffmpeg"),
     ("x.mp4", "text", "no video|ffmpeg"),
     ("x.bin", "text", "no video|ffmpeg"), ("x.gif", "bomb", "decompression bomb"), ("x.gif", "pixel", "1, 1"),
@@ -365,13 +365,12 @@ def test_bad_videos(bad, tmp_path, clip, name, kind, match):
     ("--steps", ["--steps", 0]), ("--lr", ["--lr", 0]), ("--lr", ["--lr", "nan"]),
     ("--noise-prior", ["--noise-prior", 2]),
     ("--guidance", ["--guidance", "nan"]), ("--seed", ["--seed", -1]), 
-    ("--fps", ["--fps", 0]), ("at most 50", ["--fps", 60]), ("--snapshots", ["--snapshots", "x"]),
+    ("--fps", ["--fps", 0]), ("within 1 and 50", ["--fps", 60]), ("--snapshots", ["--snapshots", "x"]),
     ("invalid numbers value", ["--levels", "a"]), ("levels", ["--levels", "1"]), ("levels", ["--levels", "7"]), ("--frobnicate", ["--frobnicate"]),
     ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 0]),
     ("steps", ["--sample-steps", 1000]),
     ("--device gpu fails", ["--device", "gpu"]), ("--device cuda:99", ["--device", "cuda:99"]),
     ("--snapshots .1, 3.: .* 1 to 2", ["--snapshots", "1,3"]),
-    ("--negative-prompt", ["--negative-prompt", "x", "--guidance", 1]),
     ("^error: neither MQK", ["--no-mqk", "--no-mv"]), ("^error: levels", ["--levels", "7"]),
     ("--device meta", ["--device", "meta"]), ("--dtype", ["--dtype", "float8"])])
 def test_bad_flags(bad, match, arguments):
@@ -606,9 +605,6 @@ def test_a_motion_file_is_read_once_and_settings_are_checked_before_the_training
     monkeypatch.setattr(mini_mi, "train_motion", lambda *a, **k: pytest.fail("trains first"))
     monkeypatch.setattr(mini_mi, "INVERT_STEPS", 1001)  # more than the schedule has
     assert start(prior="0.5")[0] == 2
-    # Without inversion its steps do not count.
-    with pytest.raises(pytest.fail.Exception, match="trains first"):
-        start(prior="0", out="another")
 
 
 def test_a_console_that_cannot_print_a_character_prints_a_substitute(start, clip, tiny_random, tmp_path):
@@ -619,7 +615,7 @@ def test_a_console_that_cannot_print_a_character_prints_a_substitute(start, clip
     assert done.returncode == 0 and b"caf\xe9 ?" in done.stdout and b"Traceback" not in done.stderr
     done = subprocess.run([*command, "--video", str(tmp_path / "\u2605.gif")], capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert done.returncode == 2 and b"?.gif does not exist" in done.stderr and b"Traceback" not in done.stderr
+    assert done.returncode == 2 and b"?.gif cannot be read" in done.stderr and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", [

@@ -2,7 +2,6 @@
 import csv
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval_mi
 import mini_mi

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_one_block_by_hand():
     """Eq. 3 written out for both attentions: MQK into queries and keys, MV into values, on the norm."""
     torch.manual_seed(0)
     frames, height, width, channels, heads = 5, 2, 3, 32, 4
-    block = randomise(mini_mi.TemporalTransformerBlock(channels, heads, 8))
+    block = randomise(mini_mi.TemporalTransformerBlock(channels, heads, SimpleNamespace(attention_head_dim=8)))
     block.name = BLOCK
     motion = make(frames, height, width).train()
     x = torch.randn(2, height * width, frames, channels)

@@ -401,13 +401,13 @@ def test_blended_noise_keeps_its_variance():
 def test_videos_to_latents_and_back(models):
     """Frame by frame what the autoencoder gives, scaled, also for clips longer than a chunk."""
     torch.manual_seed(0)
-    video = torch.rand(2, 3, mini_mi.CHUNK + 3, 16, 24) * 2 - 1
+    video = torch.rand(2, 3, 16 + 3, 16, 24) * 2 - 1
     latents = mini_mi.encode_video(models, video)
-    assert latents.shape == (2, 4, mini_mi.CHUNK + 3, 2, 3)
+    assert latents.shape == (2, 4, 16 + 3, 2, 3)
     decoded = mini_mi.decode_video(models, latents)
     assert decoded.shape == video.shape and decoded.abs().max() <= 1
     with torch.no_grad():
-        for b, f in ((0, 0), (1, mini_mi.CHUNK + 2)):
+        for b, f in ((0, 0), (1, 16 + 2)):
             mean, logvar = models.vae.encode(video[b:b + 1, :, f])
             assert relative(latents[b, :, f], 0.18215 * mean[0]) < 1e-5
             one = models.vae.decode(latents[b:b + 1, :, f] / 0.18215).clamp(-1, 1)

@@ -148,7 +148,7 @@ def ffmpeg_make(path, *options):
 
 def test_ffmpeg_reads_the_stored_frames_upright(tmp_path, monkeypatch):
     if FFMPEG is None:
-        refused("does not exist", tmp_path / "x.webm", 4, (16, 16))
+        refused("No such file", tmp_path / "x.webm", 4, (16, 16))
         return
     gaps = ffmpeg_make(tmp_path / "gaps.mkv", "-vf", "select='not(between(n,5,12))'")
     refused("has 12 frames", gaps, 13, (64, 32))  # neither repeated into the gap nor dropped
@@ -204,9 +204,6 @@ def test_frames_are_spaced_evenly_in_time(tmp_path, suffix):
     assert picked(4) == [3, 9, 15, 21]
     assert picked(2) == [6, 18] and picked(1) == [12]
     refused("has 25 frames, but 26 are needed", path, 26, (16, 16))
-    refused("at least 1", path, 0, (16, 16))
-    refused("not below 0", path, 4, (16, 16), start=-1)
-    refused("above 0", path, 4, (16, 16), duration=0)
     if not suffix:
         refused("pictures, which have no times", path, 4, (16, 16), start=1)
         return
@@ -470,7 +467,7 @@ def test_pictures_and_masks_are_not_mixed(tmp_path):
         bar(10 * n).save(tmp_path / f"{n:05d}.jpg")
     assert len(mini_mi.read_video(tmp_path, 6, (160, 96))) == 6
     Image.new("L", (160, 96)).save(tmp_path / "00003.png")
-    refused("two pictures of one number, .*masks into a folder", tmp_path, 6, (160, 96))
+    refused("two pictures of one number: put masks into a folder", tmp_path, 6, (160, 96))
 
 
 @pytest.mark.parametrize("names", [
@@ -548,7 +545,7 @@ def test_apng_with_and_without_a_separate_still(tmp_path):
 
 # ---- Bad input -----------------------------------------------------------------------------------------
 def test_missing_empty_and_fake_files(tmp_path):
-    refused("does not exist", tmp_path / "x.gif", 2, (16, 16))
+    refused("No such file", tmp_path / "x.gif", 2, (16, 16))
     for name, content in (("empty.gif", b""), ("empty.mp4", b"")):
         (tmp_path / name).write_bytes(content)
         refused("is empty", tmp_path / name, 2, (16, 16))
@@ -565,7 +562,7 @@ def test_addresses_and_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     mini_mi.write_video(tmp_path / "x.webp", numbered(3), 8)
     assert len(mini_mi.read_video("~/x.webp", 3, (16, 16))) == 3
-    refused(f"{tmp_path}/y.webp does not exist", "~/y.webp", 3, (16, 16))
+    refused("~/y.webp cannot be read .No such file", "~/y.webp", 3, (16, 16))
 
 
 def test_a_program_in_the_clothes_of_a_picture_is_not_run(tmp_path, monkeypatch):
@@ -592,8 +589,7 @@ def test_truncated_pictures_are_refused(tmp_path, suffix):
         refused("damaged|empty|needs the program|ffmpeg says", path, 2, (16, 16))
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])  # PIL warns of the first and refuses the second
-def test_decompression_bomb_is_refused(tmp_path, side):
+def test_decompression_bomb_is_refused(tmp_path, side=20_000):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -603,22 +599,6 @@ def test_decompression_bomb_is_refused(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(content)
     refused("decompression bomb", tmp_path / "bomb.png", 1, (16, 16))
     refused("decompression bomb", tmp_path, 1, (16, 16))  # as one image of a folder
-
-
-def test_a_long_clip_is_not_spread_in_silence(tmp_path, capsys):
-    """40 seconds for 8 frames: told, and read nevertheless; 3.9 seconds for 8 are in order."""
-    frames = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in range(40)]
-    for seconds, told in ((1.0, True), (0.1, False)):
-        frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True,
-                       duration=round(1000 * seconds))
-        assert len(mini_mi.read_video(tmp_path / "x.webp", 8, (16, 16))) == 8
-        assert ("8 frames of 40.0 seconds" in capsys.readouterr().out) is told
-    mini_mi.read_video(tmp_path / "x.webp", 8, (16, 16), 0, 3.9)
-    for n, frame in enumerate(frames):
-        (tmp_path / "f").mkdir(exist_ok=True)
-        frame.save(tmp_path / "f" / f"{n}.png")
-    assert len(mini_mi.read_video(tmp_path / "f", 8, (16, 16))) == 8             # pictures have no times
-    assert not capsys.readouterr().out
 
 
 def test_folders_that_cannot_be_clips(tmp_path):
