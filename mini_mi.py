@@ -151,7 +151,7 @@ class MotionEmbeddings(nn.Module):
         self.debias, self.debias_in_training, self.t_min = debias, debias_in_training, t_min
         self.frames = frames         # None: a file of the authors with all slots in use, see `read_motion`
         self.grids = {}              # temporal block -> (H, W) of its MV; None: the authors' file did not say
-        self.source = {}             # of which clip, if known: {"video": path, "prompt": what it shows, ...}
+        self.source = {}             # of which clip, if known: {"video": path, "source_prompt": ...}
         self.losses = []             # of the training, one number per step
         if debias not in ("diff", "mean", "none") or {mqk_dims, mv_dims} - {1, 2} or not 0 <= t_min < 1:
             raise UserError(f"debias = {debias!r}: diff, mean or none; dims: 1 or 2; t_min {t_min}: 0 to 1")
@@ -261,9 +261,6 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
     motion = (motion or MotionEmbeddings(unet, frames, height, width, **settings)).to(models.device)
     # AdamW's default decay, which the authors leave active: a step multiplies them by 1 - lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
-    shares = {"constant": lambda step: 1.0,                           # of the learning rate
-              "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)}
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares[lr_schedule])
     # Gradients in float16 vanish below 6e-8: the scaler multiplies the loss and divides what comes out.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
     # The hybrid loss alone has a helper; it holds the clip's looks while the embeddings learn.
@@ -284,9 +281,10 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
             scaler.scale(error).backward()
         if not error.isfinite():
             raise UserError(f"a loss is not finite at step {step}: lower --lr ({lr}) or use float32")
+        if lr_schedule == "cosine":
+            optimizer.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
         scaler.step(optimizer)
         scaler.update()
-        schedule.step()
 
         motion.losses.append(error.item())
         bar.set_postfix(loss=f"{np.mean(motion.losses[-20:]):.4f}")
@@ -1111,22 +1109,14 @@ def resized(m, trained_frames, trained_grid, frames, grid):
     return plane.flatten(2).permute(2, 0, 1)
 
 
-def block_of(key):
-    """BLOCK.pos_embed, BLOCK.attn1.vSpatial or BLOCK.attn2.vSpatial -> BLOCK; UserError: another key."""
-    found = re.fullmatch(r"(.+)\.(pos_embed|attn[12]\.vSpatial)", key)
-    if not found:
-        raise UserError("not a motion file: its keys must end in pos_embed or vSpatial")
-    return found[1]
-
-
 def check_fits(motion, unet, frames=None, height=None, width=None):
     """UserError if embeddings are of another UNet or, if given, cannot be brought to F and latents (H, W)."""
-    for key, m in motion.named_parameters():
-        block = block_of(key)
+    for block in motion.grids:
         level, channels = unet.motion_sites.get(block, (0, "no place"))
-        if m.shape[-1] != channels:
-            raise UserError("these motion embeddings do not fit the model, use the one they were made with: "
-                            f"{block} has width {m.shape[-1]} in the file, {channels} in the model")
+        for m in motion.get_submodule(block).parameters():
+            if m.shape[-1] != channels:
+                raise UserError("these embeddings do not fit the model, use the one they were made with: "
+                                f"{block} has width {m.shape[-1]} in the file, {channels} in the model")
         for which in ("attn1", "attn2") if frames else ():
             motion.at(block, which, level_grid(height, width, level), torch.empty(1, 1, frames, 1))
 
@@ -1152,8 +1142,11 @@ def read_motion(path):
         motion = MotionEmbeddings(None, frames, **settings)
         motion.source = dict(about.get("source", {}))
         for key, m in tensors.items():
-            grid = grids.get(block_of(key))
-            motion.grids[block_of(key)] = tuple(grid) if grid else None
+            found = re.fullmatch(r"(.+)\.(pos_embed|attn[12]\.vSpatial)", key)
+            if not found:
+                raise UserError("not a motion file: its keys must end in pos_embed or vSpatial")
+            grid = grids.get(found[1])
+            motion.grids[found[1]] = tuple(grid) if grid else None
             positions = (1, math.prod(grid)) if grid else (len(m),)
             if m.dim() != 3 or len(m) not in positions or frames not in (None, m.shape[1]):
                 raise UserError(f"{key} has the shape {tuple(m.shape)}, which does not fit "
@@ -1172,7 +1165,7 @@ def one_line(error):
 
 
 def is_lack_of_memory(error):
-    """Python has a class for it; torch, drivers and CUDA's libraries are known by what they say."""
+    """Python has a class for it; torch, drivers and CUDA's libraries are recognised by their message."""
     said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(said)
 
@@ -1201,8 +1194,10 @@ def built_from(path, problem="cannot be used", advice="get it again"):
             raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
         yield
     except Exception as error:
-        if is_lack_of_memory(error) or isinstance(error, UserError) and str(path) in str(error):
-            raise                                                        # a file in it is named already
+        if is_lack_of_memory(error) or isinstance(error, BrokenPipeError):
+            raise
+        if isinstance(error, UserError) and str(path) in str(error):     # a file in it is named already
+            raise
         if isinstance(error, UserError):
             raise UserError(f"{path}: {error}") from error
         if getattr(error, "strerror", None):                             # the file system's own errors
@@ -1361,8 +1356,10 @@ def load_models(folder_or_repo, device="cpu", dtype=torch.float32):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         scheduler = DDIMScheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
         models = Models(tokenizer, *networks, scheduler)
-        # The token of the highest number is tried: that the text encoder lacks it would show only at use.
-        encode_prompt(models, [max(tokenizer.vocab, key=tokenizer.vocab.get)])
+        # The last token, in every CLIP a special one, is tried: that the encoder lacks it would show late.
+        text = encode_prompt(models, [max(tokenizer.vocab, key=tokenizer.vocab.get)])
+        if text.shape[-1] != models.unet.config.get("cross_attention_dim", 1024):
+            raise UserError("its text encoder and its UNet do not fit: take both from one model")
     return models
 
 
@@ -1395,9 +1392,10 @@ def hub_open(path, **headers):
     return urllib.request.urlopen(request, timeout=30)
 
 
-def download(path, target, size, sha256):
+def download(path, target, listed):
     """Bring `path` of the hub to `target` by way of a .part, which a later call continues; check the whole.
-    Processes may do this at once: they write the same bytes to the same places; none shortens the part."""
+    Processes may do this at once: they write the same bytes to the same places; none ever truncates it."""
+    size, sha256 = listed["size"], listed.get("lfs", {}).get("sha256")       # large files alone have a hash
     part = target.with_name(f"{target.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
@@ -1450,9 +1448,7 @@ def fetch(repo, *parts, weights=True):
         files = {file["rfilename"]: file for file in listed["siblings"]}
         for name in needed_files(files, parts, weights):
             if not (folder / name).is_file():
-                sha256 = files[name].get("lfs", {}).get("sha256")              # large files alone have one
-                path = f"{repo}/resolve/{folder.name}/{quote(name)}"
-                download(path, folder / name, files[name]["size"], sha256)
+                download(f"{repo}/resolve/{folder.name}/{quote(name)}", folder / name, files[name])
         with atomic_write(reference) as temporary:
             temporary.write_text(folder.name)
         return folder
@@ -1469,7 +1465,7 @@ SDR = ("zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:p
 
 @contextlib.contextmanager
 def open_picture(path):
-    """A picture file, opened by PIL. A closed list of formats: others may start programs (EPS)."""
+    """A picture file, opened by PIL: these formats alone, since for EPS it runs Ghostscript."""
     with built_from(path, "is damaged, truncated or no picture"):
         with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")) as image:
             yield image
@@ -1511,12 +1507,12 @@ def evenly(times, frames, start, duration):
 
     The stored frames begin at `times`, of which the last entry is the end."""
     end, begin = times[-1], max(start, times[0])
-    stop, slack = end if duration is None else start + duration, (end - times[0]) / (10 * (len(times) - 1))
+    stop = end if duration is None else start + duration
+    slack = (end - times[0]) / (10 * (len(times) - 1))          # a tenth of a frame: files round their times
     if start >= end or stop > end + 0.1:                                         # lengths are told rounded
         raise UserError(f"it is {end:.2f} s long: --start {start:g} and --duration go beyond")
     stop = min(stop, end)
     moments = begin + (stop - begin) * np.array([0, *np.arange(frames) + 0.5]) / frames
-    # A tenth of a frame is forgiven: files round their times.
     first, *shown = np.clip(np.searchsorted(times, moments + slack, "right") - 1, 0, len(times) - 2)
     stored = int(np.searchsorted(times[:-1], stop - slack) - first)
     if stored < frames:
@@ -1559,8 +1555,11 @@ def read_folder(path, size, *part):
     order = sorted(sorted(pictures), key=lambda picture: [
         Decimal(part) if n % 2 else part.lower()
         for n, part in enumerate(re.split(r"([0-9]+(?:\.[0-9]+)?)", picture.stem))])
-    chosen = evenly(np.arange(len(order) + 1), *part)
-    return [read_animation(order[index], size, 1, 0.0, None)[0] for index in chosen]             # one frame
+    frames = []
+    for index in evenly(np.arange(len(order) + 1), *part):
+        with open_picture(order[index]) as image:                        # the first of its pages, if several
+            frames.append(fit(image, size))
+    return frames
 
 
 def call_ffmpeg(*arguments, data=b""):
@@ -1587,25 +1586,25 @@ def read_film(path, size, frames, start, duration):
     ffmpeg writes all frames of the part, scaled, into a temporary file, and says when each of them is shown.
     """
     (width, height), film = size, ["-i", f"file:{path}", "-map", "0:V:0"]
-    known = call_ffmpeg(*film, "-frames:v", "1", "-f", "null", "-")[2]             # a look at the first frame
-    hdr = re.search("smpte2084|arib-std-b67", known)
-    if hdr and "--enable-libzimg" not in known:
+    first_look = call_ffmpeg(*film, "-frames:v", "1", "-f", "null", "-")[2]
+    hdr = re.search("smpte2084|arib-std-b67", first_look)
+    if hdr and "--enable-libzimg" not in first_look:
         raise UserError(f"{path} is HDR video, and this ffmpeg lacks zscale to convert it: with another "
                         f"one, ffmpeg -i {path} -vf {SDR} sdr.mp4")
     # ffmpeg's own decoders of VP8 and VP9 drop transparency.
-    alpha = re.search(r"Video: (vp[89])[^#]* alpha_mode +: 1", known, re.IGNORECASE)
+    alpha = re.search(r"Video: (vp[89])[^#]* alpha_mode +: 1", first_look, re.IGNORECASE)
     decoder = ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[alpha[1]]] if alpha else []
     # Each stored frame comes once. The option's name is another one since ffmpeg 5.1.
-    each = "-vsync" if re.search(r"ffmpeg version n?([1-4]|5\.0)\b", known) else "-fps_mode"
+    rate_option = "-vsync" if re.search(r"ffmpeg version n?([1-4]|5\.0)\b", first_look) else "-fps_mode"
     # A second more than the part on either side: what is shown when it begins, and whether it ends within.
-    part = f"trim=start={start - 1}" + (f":end={start + duration + 1}" if duration else "")
-    filters = (f"{part},{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,showinfo=checksum=0,"
+    trim = f"trim=start={start - 1}" + (f":end={start + duration + 1}" if duration else "")
+    filters = (f"{trim},{SDR + ',' if hdr else ''}scale=iw*sar:ih,setsar=1,showinfo=checksum=0,"
                f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd,"
                f"format=rgba,crop={width}:{height}")
     with tempfile.TemporaryDirectory() as folder:
         raw = f"{folder}/frames.rgb"                                    # by its name raw pixels to ffmpeg
-        fine, said, told = call_ffmpeg(*decoder, *film, "-vf", filters, each, "passthrough", raw)
-        shown = re.findall(r"pts_time:(\S+) .* s:(\d+)x(\d+) ", told)
+        fine, said, log = call_ffmpeg(*decoder, *film, "-vf", filters, rate_option, "passthrough", raw)
+        shown = re.findall(r"pts_time:(\S+) .* s:(\d+)x(\d+) ", log)
         said = said.removeprefix(f"file:{path}: ") or (not shown) * f"no frames after second {start:g}"
         if re.search("partial file|prematurely|Invalid NAL unit size", said):
             raise UserError(f"ffmpeg says: {said}; it is damaged or cut off, get it again")
@@ -1619,12 +1618,10 @@ def read_film(path, size, frames, start, duration):
         stamps, first = np.unique(np.maximum.accumulate([float(t) for t, *_ in shown]), return_index=True)
         end = stamps[-1] + (stamps[-1] - stamps[-2] if len(stamps) > 1 else 0.04)
         times = np.interp(np.arange(len(shown) + 1), [*first, len(shown)], [*stamps, end])
-        video, length = [], 4 * width * height
-        with open(raw, "rb") as file:
-            for n in evenly(times, frames, start, duration):
-                file.seek(length * n)
-                video.append(fit(Image.frombytes("RGBA", size, file.read(length)), size))
-        return video
+        length = 4 * width * height
+        pixels = (np.fromfile(raw, np.uint8, length, offset=n * length).reshape(height, width, 4)
+                  for n in evenly(times, frames, start, duration))
+        return [fit(Image.fromarray(frame), size) for frame in pixels]
 
 
 def read_video(path, frames, size, start=0.0, duration=None):
@@ -1672,7 +1669,7 @@ def write_video(path, frames, fps):
         images, unit = [Image.fromarray(frame) for frame in frames], 1
         if suffix == ".gif":
             # One palette for all frames and no dithering: what stands still does not flicker.
-            unit, some = 10, frames.reshape(-1, 1, 3)[:: frames.size // 2**18 | 1]  # some will do
+            unit, some = 10, frames.reshape(-1, 1, 3)[:: frames.size // 2**18 | 1]  # a sample is enough
             palette = Image.fromarray(np.ascontiguousarray(some)).quantize(255, kmeans=1)
             images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
         # Durations are whole hundredths of a second (GIF) or milliseconds, and add up to the right length.
@@ -1683,7 +1680,6 @@ def write_video(path, frames, fps):
 
 
 # ---- Pictures: frames under their labels
-
 
 def caption(label, width, lines):
     """(18*lines+6, width, 3) uint8: `label` on white, wrapped, ending in "..." where it needs more lines."""
@@ -1696,8 +1692,7 @@ def caption(label, width, lines):
 def framed(video, width):
     """(F,h,w,3) uint8 enlarged by a whole number to about `width` pixels or reduced to it, with a margin."""
     scale = round(width / video.shape[2]) or width / video.shape[2]
-    size = round(scale * video.shape[2]), round(scale * video.shape[1])
-    frames = np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in video])
+    frames = np.stack([np.asarray(ImageOps.scale(Image.fromarray(frame), scale)) for frame in video])
     return np.pad(frames, ((0, 0), (0, 0), (0, 6), (0, 0)), constant_values=255)
 
 
@@ -1746,7 +1741,7 @@ class SharedConfig:
     lr: float = option("training", 0.02, "learning rate", 1e-9, 1e3)
     lr_schedule: str = option("training", "constant", "or falling to zero", choices=("constant", "cosine"))
     batch: int = option("training", 1, "noise levels in every training step", 1, 1e4)
-    loss: str = option("training", "mse", "debiased: MotionDirector's, not --debias; hybrid: with its LoRA",
+    loss: str = option("training", "mse", "mse: Eq. 4; debiased: MotionDirector's; hybrid: with its LoRA",
                        choices=("mse", "debiased", "hybrid"))
     checkpointing: bool = option("training", False, "recompute activations: slower, much less memory")
     sample_steps: int = option("sampling", 30, "DDIM steps", 1, 1e5)
@@ -1783,14 +1778,14 @@ class Config(SharedConfig):
     format: str = option("output", "gif", "kind of file for the clips", choices=("gif", "webp", "mp4"))
     dtype: str = option("output", "auto", "of the UNet; auto: float16 on cuda, float32 elsewhere",
                         choices=("auto", "float32", "bfloat16", "float16"))
-    dry_run: bool = option("output", False, "say what would happen, and stop")
+    dry_run: bool = option("output", False, "load all, say what would happen, stop")
 
 
 # Settings that say how to learn: the first go to train_motion, and none goes with --motion.
 TRAINING = ("steps", "lr", "lr_schedule", "batch", "loss", "checkpointing")
 LEARNING = (*TRAINING, "debias_in_training", "mqk_dims", "mv_dims", "levels", "snapshots")
-# What a motion remembers of its training: of the model, and of the clip.
-SOURCE = ("model", "frames", "size", "video", "start", "duration", "source_prompt")
+# What a motion remembers of its training.
+OF_MODEL, OF_CLIP = ("model", "frames", "size"), ("video", "start", "duration", "source_prompt")
 
 
 def flag_of(field):
@@ -1819,9 +1814,7 @@ def parse_given(cls, argv, prog, description):
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, groups = refuse, {}
-    for field in dataclasses.fields(cls):
-        if not field.metadata:                               # a field that only a model's folder can set
-            continue
+    for field in filter(lambda field: field.metadata, dataclasses.fields(cls)):   # others: a model's alone
         how = {bool: {"action": "store_false" if field.default else "store_true"}, tuple: {"type": numbers},
                list: {"nargs": "+", "metavar": "FILE"}}.get(field.type) or {"type": field.type}
         told = "" if field.type is bool or field.default in (None, (), "") else f" ({field.default})"
@@ -1843,7 +1836,7 @@ def merged(cls, *layers):
         choices = field.metadata.get("more", {}).get("choices")
         for value in (layer[field.name] for layer in layers if layer.get(field.name) is not None):
             if not isinstance(value, kinds) or value not in (choices or [value]):
-                raise UserError(f"{flag_of(field)} cannot be {value!r}")
+                raise UserError(f"{flag_of(field)} cannot be {value!r}: see --help")
             if isinstance(value, (int, float)) and not least <= value <= most:            # nan is not, either
                 raise UserError(f"{flag_of(field)} {value}: it must be within {least:g} and {most:g}")
             setattr(settings, field.name, value)
@@ -1859,18 +1852,11 @@ def model_settings(model):
 def clip_settings(video):
     """What clips.json beside a clip says of it: caption and two prompts; {} where it is not named there."""
     file = Path(video).parent / "clips.json"
-    if not file.is_file():
-        return {}
     with built_from(file):
-        entry = read_json(file).get(Path(video).stem, {})
-        return dict(source_prompt=entry.get("caption"), prompts=tuple(entry.get("prompts", ()))[:2])
-
-
-def motion_settings(motion, video):
-    """What a motion file says: how it was trained and, unless `video` is another clip, on what."""
-    same = video is None or absolute(video) == motion.source.get("video")
-    return {**{name: motion.source.get(name) for name in (SOURCE if same else SOURCE[:3])},
-            **{name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}}
+        entry = read_json(file).get(Path(video).stem, {}) if file.is_file() else {}
+        if not all(isinstance(prompt, str) for prompt in entry.get("prompts", [])):
+            raise UserError(f"the prompts of {Path(video).stem} are no texts")
+        return dict(source_prompt=entry.get("caption"), prompts=entry.get("prompts", [])[:2])
 
 
 def absolute(path):
@@ -1894,11 +1880,14 @@ def settle(given):
         if name in given:
             raise UserError(f"--{name.replace('_', '-')} says how to learn, and --motion reuses what was "
                             "learned: leave one of them out")
-    motion_says = motion_settings(motion, given.get("video")) if motion else {}
-    model = given.get("model") or motion_says.get("model") or Config.model
-    model = absolute(model) if Path(model, "unet").is_dir() else model
-    model_says = model_settings(model)
-    video = absolute(given["video"]) if "video" in given else motion_says.get("video")
+    motion_says = {}
+    if motion:                                 # how it was trained and, unless another clip is given, on what
+        same = "video" not in given or absolute(given["video"]) == motion.source.get("video")
+        motion_says = {name: motion.source.get(name) for name in (*OF_MODEL, *(OF_CLIP if same else ()))}
+        motion_says |= {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
+    said = merged(Config, motion_says, given)                                    # checks their kinds, too
+    model = absolute(model_folder(said.model)) if Path(said.model, "unet").is_dir() else said.model
+    model_says, video = model_settings(model), said.video and absolute(said.video)
     if not video and not motion and model_says.get("world"):
         video = str(HERE / "data" / "clips" / f"{DEFAULT_CLIP}.webp")
     if video and model_says.get("world") and Path(video).resolve().parent != HERE / "data" / "clips":
@@ -1908,22 +1897,22 @@ def settle(given):
         Config,                                    # the paper's defaults,
         model_says,                                # what the model's folder says of itself,
         clip_settings(video) if video else {},     # the clip's entry in clips.json,
-        {**motion_says, "video": video},           # how the motion file was made,
+        motion_says,                               # how the motion file was made,
         {**given, "model": model, "video": video})   # and what was given
     check(config, motion)
     return config, motion
 
 
 def check(config, motion):
-    """Refuses what would spoil the run, before it costs an hour; settles video, device and dtype."""
+    """Fills in device and dtype, drops a clip that is not needed, refuses what would spoil the run: early,
+    before it costs an hour."""
     remembered = motion and config.video in (None, motion.source.get("video"))
     if remembered and config.noise_prior == 0 and not os.path.exists(config.video or ""):
         config.video = None                                         # only the start noise needs it
     elif not config.video:
-        raise UserError("this motion file does not say which clip it was trained on: give --video, or "
-                        "--noise-prior 0" if motion else
-                        "say which clip to take the motion from, --video FILE: the clips that come with this "
-                        "program are for its own small models")
+        raise UserError("say which clip to take the motion from, --video FILE: " + (
+            "the motion file does not; or give --noise-prior 0" if motion else
+            "those that come with this program are for its own small models"))
     if not config.prompts:
         raise UserError('nothing to generate: say what the new clip shows, --prompt "..."')
     if config.source_prompt is None and not motion:
@@ -1973,15 +1962,15 @@ def write_record(folder, config, **facts):
                                         indent=1))
 
 
-def embeddings(config, unet, grid, motion):
+def prepared_motion(config, unet, grid, motion):
     """What `run` trains, or the motion of --motion as it is to be used, on the latent grid (H, W)."""
     if motion is None:
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         motion = MotionEmbeddings(unet, config.frames, *grid, levels=config.levels or None, **settings)
-        motion.source = {name: getattr(config, name) for name in SOURCE}
+        motion.source = {name: getattr(config, name) for name in (*OF_MODEL, *OF_CLIP)}
         return motion
     motion.use_mqk, motion.debias, motion.t_min = config.use_mqk, config.debias, config.t_min
-    motion.use_mv = config.use_mv and config.motion_type == "object"        # camera: its grid may differ
+    motion.use_mv = config.use_mv and config.motion_type == "object"    # camera drops it: any grid will do
     check_fits(motion, unet, config.frames, *grid)
     return motion
 
@@ -1990,7 +1979,7 @@ def learn(config, models, latents, text, motion, folder):
     """Trains `motion` on `latents` (1,C,F,H,W) and saves it and its snapshots.
 
     Ctrl-C and SIGTERM, which `guarded` makes alike, end the training with what it has learned so far."""
-    def keep(step, _):
+    def keep(step, motion):
         """Saves a snapshot where one was asked for."""
         if step in config.snapshots:
             motion.save(folder / f"motion-step{step}.safetensors")
@@ -2012,11 +2001,13 @@ def learn(config, models, latents, text, motion, folder):
 def run(config, motion=None):
     """The main job: train the reference's motion, or take `motion`; sample every prompt; write to --out."""
     # ---- load, and find out what does not fit: better now than after hours
-    began, training, (pixels, grid) = time.perf_counter(), motion is None, sizes(config)
+    began, training = time.perf_counter(), motion is None
+    pixels, grid = sizes(config)
     models = load_models(config.model, config.device, getattr(torch, config.dtype))
-    for steps, t_min in (config.sample_steps, config.t_min), (INVERT_STEPS, 0):
-        models.scheduler.timesteps(steps, t_min)
-    motion = embeddings(config, models.unet, grid, motion).to(models.device)
+    models.scheduler.timesteps(config.sample_steps, config.t_min)
+    if config.noise_prior > 0:
+        models.scheduler.timesteps(INVERT_STEPS)
+    motion = prepared_motion(config, models.unet, grid, motion).to(models.device)
     if config.video:
         reference = read_video(config.video, config.frames, pixels, config.start, config.duration)
     count = sum(parameter.numel() for parameter in motion.parameters())
@@ -2029,7 +2020,7 @@ def run(config, motion=None):
     # ---- encode. All randomness comes from seeds, so equal settings repeat the same frames.
     source_text, empty, negative, *texts = (encode_prompt(models, [prompt]) for prompt in (
         config.source_prompt or "", "", config.negative_prompt, *config.prompts))
-    if training or config.noise_prior > 0:             # one draw for every seed: --seeds and --seed agree
+    if training or config.noise_prior > 0:             # one draw whatever --seed is: --seeds 2 is two runs
         latents = encode_video(models, to_model_range(reference), torch.Generator().manual_seed(1_000_000))
 
     # ---- train
@@ -2038,17 +2029,14 @@ def run(config, motion=None):
         motion.use_mv &= config.motion_type == "object"
 
     # ---- invert
-    if config.noise_prior > 0:
-        inverted = ddim_invert(models, latents, empty, INVERT_STEPS)
+    inverted = ddim_invert(models, latents, empty, INVERT_STEPS) if config.noise_prior > 0 else 0
 
     # ---- sample and write
     shown = [("reference", reference)] if config.video else []
     rows, shape = list(shown), (1, models.unet.conv_in.in_channels, config.frames, *grid)
     for seed in range(config.seed, config.seed + config.seeds):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(2_000_000 + seed))
-        noise = noise.to(models.device)
-        if config.noise_prior > 0:
-            noise = blend_noise(inverted, noise, config.noise_prior)
+        noise = blend_noise(inverted, noise.to(models.device), config.noise_prior)
         for number, (prompt, text) in enumerate(zip(config.prompts, texts), 1):
             clips, title = [], prompt if config.seeds == 1 else f"{prompt} (seed {seed})"
             # One after the other, to save memory.
@@ -2057,10 +2045,9 @@ def run(config, motion=None):
                 clips.append((label, to_uint8(decode_video(models, latent)[0])))
             name = re.sub(r"[^a-z0-9]+", "-", f"{number} {prompt}".lower())[:62].strip("-")
             name += f"-seed{seed}" * (config.seeds > 1)
-            write_video(folder / f"{name}.{config.format}", clips[0][1], config.fps)
             labels, videos = zip(*shown, *clips)
-            write_video(folder / f"{name}-compare.{config.format}", side_by_side(videos, labels),
-                        config.fps)
+            for end, video in ("", clips[0][1]), ("-compare", side_by_side(videos, labels)):
+                write_video(folder / f"{name}{end}.{config.format}", video, config.fps)
             rows += clips
     with atomic_write(folder / "sheet.png") as temporary:
         contact_sheet(rows).save(temporary)
@@ -2085,10 +2072,12 @@ def guarded(job):
     except UserError as error:
         message = one_line(error)
     except KeyboardInterrupt:
-        message = "interrupted: run the same command again"
+        message = "interrupted: run the same command again, or with --motion the motion that it saved"
     except BrokenPipeError:                                               # such as `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for Python's own last words
         message = "nobody reads the output any more: let it run to its end, or write it to a file"
+    except OSError as error:                                  # a folder without rights, a name too long
+        message = f"{error}: choose another place, or get the right to it"
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise

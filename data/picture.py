@@ -60,7 +60,7 @@ def main():
     if args.motion:
         motion = mini_mi.MotionEmbeddings.load(args.motion)
     else:
-        motion = mini_mi.embeddings(config, models.unet, grid, None)
+        motion = mini_mi.prepared_motion(config, models.unet, grid, None)
         training = {name: getattr(config, name) for name in (*mini_mi.TRAINING, "seed")}
         mini_mi.train_motion(models, latents, source, motion=motion, **training)
     inverted = mini_mi.ddim_invert(models, latents, empty, mini_mi.INVERT_STEPS)

@@ -690,3 +690,45 @@ def test_a_prompt_that_begins_with_a_dash(start, capsys):
     assert start("--prompt=-dog", "--dry-run")[0] == 0 and "-dog" in capsys.readouterr().out
     assert start("--prompt", "-dog", "--dry-run")[0] == 2
     assert '--option="-value"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--model", "--video", "--motion"])
+def test_a_name_that_the_system_refuses_is_one_line(bad, flag):
+    """As a folder without rights is: not every error of the system means that there is no such file."""
+    bad("File name too long", flag, "x" * 300)
+
+
+@pytest.mark.parametrize("source", [{"model": 5}, {"video": 5}, {"frames": "many"}])
+def test_a_motion_file_whose_source_has_other_kinds_is_one_line(start, capsys, tmp_path, source):
+    motion = mini_mi.MotionEmbeddings(hollow(UNET), 4, 4, 4)
+    motion.source = source
+    motion.save(tmp_path / "m.safetensors")
+    status, out = start("--motion", tmp_path / "m.safetensors", small=[], shows=SHOWS[2:], model=None, video=None)
+    refused(capsys, status, out, {}, f"--{next(iter(source))} cannot be")
+
+
+@pytest.mark.parametrize("prompts, match", [("a cat", "--prompt cannot be 'a '"), ([1], "are no texts")])
+def test_prompts_of_clips_json_that_are_no_texts(start, clip, capsys, prompts, match):
+    (clip.parent / "clips.json").write_text(json.dumps({clip.stem: {"caption": "a star", "prompts": prompts}}))
+    status, out = start(shows=[])
+    refused(capsys, status, out, {}, match)
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_the_embedded_model(tmp_path, monkeypatch):
+    (tmp_path / "tiny" / "unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config, _ = mini_mi.settle({})
+    assert config.model == str(ROOT / "data" / "tiny") and config.frames == 16
+
+
+def test_a_broken_pipe_blames_no_file():
+    with pytest.raises(BrokenPipeError), mini_mi.built_from("clip.mp4"):
+        raise BrokenPipeError
+
+
+def test_a_text_encoder_of_another_model_shows_at_loading(tiny_random, tmp_path):
+    model = shutil.copytree(tiny_random, tmp_path / "model")
+    shutil.copytree(ROOT / "data" / "tiny" / "text_encoder", model / "text_encoder", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "data" / "tiny" / "tokenizer", model / "tokenizer", dirs_exist_ok=True)
+    with pytest.raises(mini_mi.UserError, match="take both from one model"):
+        mini_mi.load_models(model)

@@ -601,6 +601,14 @@ def test_decompression_bomb_is_refused(tmp_path, side=20_000):
     refused("decompression bomb", tmp_path, 1, (16, 16))  # as one image of a folder
 
 
+def test_pictures_of_several_pages_show_their_first(tmp_path):
+    """TIFFs of microscopes, and JPEGs of cameras with a preview behind the picture."""
+    for n in range(3):
+        pages = [Image.new("L", (32, 32), 60 * n), *[Image.new("L", (32, 32), 255)] * 2]
+        pages[0].save(tmp_path / f"{n}.tif", save_all=True, append_images=pages[1:])
+    assert mini_mi.read_video(tmp_path, 3, (32, 32))[:, 0, 0, 0].tolist() == [0, 60, 120]
+
+
 def test_folders_that_cannot_be_clips(tmp_path):
     refused("no picture lies directly in it: .png, .*can be read", tmp_path, 2, (16, 16))
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
