@@ -190,12 +190,12 @@ class MotionEmbeddings(nn.Module):
         Each is (1 or H*W, F, C), brought to the frames, the grid (H, W) and the number format that f has."""
         if block not in self.grids:
             return 0, 0
-        parts, sizes = dict(self.named_parameters()), (self.frames, self.grids[block], f.shape[2], grid)
+        parts, resizing = dict(self.named_parameters()), (self.frames, self.grids[block], f.shape[2], grid)
         m_qk, m_v = parts.get(f"{block}.pos_embed"), parts.get(f"{block}.{which}.vSpatial")
-        m_qk = resized(m_qk, *sizes).to(f.dtype) if self.use_mqk and m_qk is not None else 0
+        m_qk = resized(m_qk, *resizing).to(f.dtype) if self.use_mqk and m_qk is not None else 0
         if not self.use_mv or m_v is None:
             return m_qk, 0
-        m_v = resized(m_v, *sizes)
+        m_v = resized(m_v, *resizing)
         # Debias after resizing: it takes differences of the frames that are used.
         if self.debias_in_training or not self.training:
             m_v = debias(m_v, self.debias)                                                         # (Eq. 5)
@@ -1187,8 +1187,8 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def built_from(path, problem="cannot be used", advice="get it again"):
-    """The guard at the door through which a file enters: whatever goes wrong while something is built from it
-    is one UserError that names the file. A lack of memory passes through."""
+    """Wraps whatever is built from a file: any failure becomes one UserError that names the file, but for a
+    lack of memory and a broken pipe, which pass through."""
     try:
         if os.path.isfile(path) and os.path.getsize(path) < 500 and b"//git-lfs" in Path(path).read_bytes():
             raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
@@ -1433,8 +1433,8 @@ def fetch(repo, *parts, weights=True):
     with built_from(repo, "cannot be fetched", "check the network, its name, HF_ENDPOINT, the room in "
                     "HF_HOME and, if it is gated, HF_TOKEN; the next run goes on with what came"):
         store = HUB_HOME.expanduser() / "hub" / f"models--{repo.replace('/', '--')}"
-        reference = store / "refs" / revision                    # holds the commit that it was
-        commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
+        ref = store / "refs" / revision                          # holds the commit that it was
+        commit = ref.read_text("utf-8").strip() if ref.is_file() else revision
         folder = store / "snapshots" / commit
         with contextlib.suppress(UserError):
             here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -1449,7 +1449,7 @@ def fetch(repo, *parts, weights=True):
         for name in needed_files(files, parts, weights):
             if not (folder / name).is_file():
                 download(f"{repo}/resolve/{folder.name}/{quote(name)}", folder / name, files[name])
-        with atomic_write(reference) as temporary:
+        with atomic_write(ref) as temporary:
             temporary.write_text(folder.name)
         return folder
 
@@ -1545,12 +1545,12 @@ def read_folder(path, size, *part):
         raise UserError(f"no picture lies directly in it: {', '.join(IMAGE_SUFFIXES)} can be read")
     if len({p.stem for p in pictures}) < len(pictures):                  # 00000.jpg and its mask 00000.png
         raise UserError("it has two pictures of one number: put masks into a folder of their own")
-    sizes = set()
+    stored = set()
     for picture in pictures:
         with open_picture(picture) as image:
-            sizes.add(image.size)
-    if len(sizes) > 1:
-        raise UserError(f"it mixes frames of {' and '.join(map(str, sorted(sizes)))}: make them one size")
+            stored.add(image.size)
+    if len(stored) > 1:
+        raise UserError(f"it mixes frames of {' and '.join(map(str, sorted(stored)))}: make them one size")
     # The parts between the numbers come at even places, the numbers at odd ones.
     order = sorted(sorted(pictures), key=lambda picture: [
         Decimal(part) if n % 2 else part.lower()
@@ -1906,8 +1906,8 @@ def settle(given):
 def check(config, motion):
     """Fills in device and dtype, drops a clip that is not needed, refuses what would spoil the run: early,
     before it costs an hour."""
-    remembered = motion and config.video in (None, motion.source.get("video"))
-    if remembered and config.noise_prior == 0 and not os.path.exists(config.video or ""):
+    may_be_gone = motion and config.video in (None, motion.source.get("video"))
+    if may_be_gone and config.noise_prior == 0 and not os.path.exists(config.video or ""):
         config.video = None                                         # only the start noise needs it
     elif not config.video:
         raise UserError("say which clip to take the motion from, --video FILE: " + (
