@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,17 +130,18 @@ def psnr(a, b):
     return 10 * math.log10(4 / (a - b).square().mean().item())
 
 
-def train(stage, model, loss_of, args, watch=None):
+def train(stage, model, loss_of, args, watch=None, parts=1):
     """The loop of all stages: AdamW, warm-up and cosine, EMA, log, resumable state. Returns the EMA model.
 
-    loss_of(model, step, generator) -> (loss, {name: number}); it draws from the generator alone, so that a
-    stage that goes on from its state ends where it would have ended. watch(ema, path) draws a sheet of
-    samples now and then.
+    loss_of(model, step, generator, part) -> (loss, {name: number}) on every `parts`-th clip of a batch from
+    the `part`-th on. It draws from the generator alone, and draws the whole batch, so that a stage that goes
+    on from its state ends where it would have ended. watch(ema, path) draws a sheet of samples now and then.
     """
     steps, _, peak = STAGES[stage]
     steps, peak = max(1, int(steps * args.scale)), args.lr or peak
     state_file, log_file = args.work / f"{stage}.pt", args.work / f"{stage}.jsonl"
     ema = copy.deepcopy(model).requires_grad_(False)
+    learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     first = 0
@@ -157,23 +159,32 @@ def train(stage, model, loss_of, args, watch=None):
         torch.save(state, state_file.with_suffix(".tmp"))
         state_file.with_suffix(".tmp").replace(state_file)
 
+    def gradients(part):
+        """One part's loss, its numbers, and its share of the batch's gradients."""
+        generator = torch.Generator().manual_seed(args.seed * 1_000_000 + step)
+        loss, numbers = loss_of(model, step, generator, part)
+        return loss.item(), numbers, torch.autograd.grad(loss / parts, learned)
+
+    threads = ThreadPoolExecutor(parts)
     saved, bar = time.time(), tqdm(range(first, steps), initial=first, total=steps, desc=stage, mininterval=5)
     for step in bar:
         # From a shrinking rate of change to none: 3 % warm-up, then half a cosine down to 2 % of the peak.
         warm, rest = min(1, (step + 1) / (0.03 * steps)), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = peak * warm * (0.02 + 0.98 * rest)
-        loss, numbers = loss_of(model, step, torch.Generator().manual_seed(args.seed * 1_000_000 + step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses, logged, shares = zip(*threads.map(gradients, range(parts)))
+        for parameter, *share in zip(learned, *shares):
+            parameter.grad = sum(share)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", **{k: f"{v:.3g}" for k, v in numbers.items()})
+            numbers = {name: float(np.mean([part[name] for part in logged])) for name in logged[0]}
+            numbers = dict(loss=float(np.mean(losses)), **numbers)
+            bar.set_postfix({name: f"{number:.4g}" for name, number in numbers.items()})
             with open(log_file, "a") as f:
-                print(json.dumps(dict(step=step, loss=loss.item(), **numbers, time=time.time())), file=f)
+                print(json.dumps(dict(step=step, **numbers, time=time.time())), file=f)
         if time.time() - saved > SAVE_EVERY or step + 1 == steps:
             save(step + 1)
             saved = time.time()
@@ -214,7 +225,7 @@ def train_vae(args):
     batch, (config, _) = args.batch or STAGES["vae"][1], configs(args.model)
     model = load_part(args, mini_mi.AutoencoderKL(config), "vae").to(args.device)
 
-    def loss_of(model, step, generator):
+    def loss_of(model, step, generator, part):
         """One batch: its loss, and what goes to the log."""
         x = pixels(frames[torch.randint(len(frames), (batch,), generator=generator)], args.device)
         with autocast(args.device):
@@ -326,7 +337,7 @@ def train_clip(args):
         x = model.image_features(((x + 1) / 2 - mean) / std)
         return x @ model.text_features(ids).T
 
-    def loss_of(model, step, generator):
+    def loss_of(model, step, generator, part):
         """One batch: its loss, and what goes to the log."""
         pick = torch.randint(len(clips), (batch,), generator=generator)
         frame = torch.randint(world.FRAMES, (batch,), generator=generator)
@@ -401,9 +412,12 @@ def train_unet(stage, args):
     # In bfloat16 the CPU's fused attention is slow backwards: without it a step takes two thirds of the time.
     cuda = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     backends = [SDPBackend.MATH] if device.type == "cpu" else cuda
+    # Layers this small gain little from a second core; parts of the batch at the same time gain more.
+    cores = torch.get_num_threads()
+    parts = math.gcd(batch, cores) if device.type == "cpu" else 1
 
-    def loss_of(unet, step, generator):
-        """One batch: its loss, and what goes to the log."""
+    def loss_of(unet, step, generator, part):
+        """A part of one batch: its loss, and what goes to the log."""
         pick = torch.randint(len(latents), (batch,), generator=generator)
         first = int(torch.randint(world.FRAMES - frames + 1, (), generator=generator))
         x0 = latents[pick, :, first:first + frames].float()
@@ -417,8 +431,9 @@ def train_unet(stage, args):
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         u = u if frames == 1 else 3 * u / (1 + 2 * u)
         t = (u * scheduler.T).long().clamp(max=scheduler.T - 1)
+        x0, noise, t, label = (whole[part::parts] for whole in (x0, noise, t, label))
         weight = (5 * (1 - scheduler.abar(t, x0))).clamp(max=1)          # min(snr + 1, 5) / (snr + 1)
-        with autocast(device), sdpa_kernel(backends):
+        with autocast(device):
             out = unet(scheduler.add_noise(x0, noise, t), t.to(device), texts[label].to(device))
         error = (out.float() - scheduler.target(x0, noise, t)).square()
         return (weight * error).mean(), dict(mse=error.mean().item())
@@ -435,7 +450,12 @@ def train_unet(stage, args):
         rows = [(p, mini_mi.to_uint8(v)) for p, v in zip(prompts, mini_mi.decode_video(models, x))]
         mini_mi.contact_sheet(rows).save(path)
 
-    write_part(args, "unet", train(stage, unet, loss_of, args, watch), config)
+    torch.set_num_threads(cores // parts)
+    try:
+        with sdpa_kernel(backends):
+            write_part(args, "unet", train(stage, unet, loss_of, args, watch, parts), config)
+    finally:
+        torch.set_num_threads(cores)
 
 
 # -------------------------------------------------------------------------------------------- training curves

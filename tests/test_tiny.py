@@ -1,5 +1,6 @@
 """The embedded models: what their folders promise, the recipe that makes them, and the check."""
 
+import argparse
 import functools
 import json
 import shutil
@@ -285,6 +286,28 @@ def test_a_later_sitting_goes_on_from_the_model(small_recipe, whole):
         shutil.copytree(whole / "tiny" / "vae", root / name / "tiny" / "vae")
         small_recipe(name, "--stage", "vae", *(["--fresh"] if name == "fresh" else []))
     assert first_loss(root / "fresh", "vae") == first_loss(whole, "vae") != first_loss(root / "later", "vae")
+
+
+def test_parts_of_a_batch_give_its_gradient(tmp_path, monkeypatch):
+    """One batch of six, or three parts of two side by side: the same weights and the same log."""
+    monkeypatch.setattr(make_tiny, "STAGES", {"clips": (3, 6, 1e-2)})
+
+    def trained(parts):
+        def loss_of(model, step, generator, part):
+            x = torch.randn(6, 4, generator=generator)[part::parts]
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            return loss, dict(mse=loss.item())
+
+        torch.manual_seed(0)
+        args = argparse.Namespace(scale=1, lr=None, work=tmp_path / str(parts), device="cpu", seed=0)
+        args.work.mkdir()
+        ema = make_tiny.train("clips", torch.nn.Linear(4, 1), loss_of, args, parts=parts)
+        entries, _ = make_tiny.read_log(args.work / "clips.jsonl")
+        return ema.weight, entries[0]["mse"]
+
+    (one, one_mse), (three, three_mse) = trained(1), trained(3)
+    torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-6)
+    assert one_mse == pytest.approx(three_mse, rel=1e-5)
 
 
 def test_log_of_an_interrupted_stage(tmp_path):
