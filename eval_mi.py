@@ -1339,7 +1339,7 @@ class Settings(mini_mi.SharedConfig):
     tracker: str = option("judges", "lk", "Lucas-Kanade, or CoTracker 3", choices=("lk", "cotracker"))
     grid: int = option("judges", 16, "tracked points per side; the paper's CoTracker takes 55", 1, 1e6)
     clips: str = option("grid", None, "folder with clips.json: NAME -> caption, motion, prompts (data/clips)")
-    split: str = option("grid", "test", "which clips of the embedded world", choices=("test", "validation"))
+    split: str = option("grid", "test", "which clips of the embedded world", choices=tuple(world.SPLITS))
     variants: str = option("grid", ",".join(DEFAULT_VARIANTS), f"to compare, of {', '.join(VARIANTS)}")
     clip_count: int = option("grid", 10, "clips; the embedded world has any number", 1, 1e6)
     prompt_count: int = option("grid", 2, "target prompts per clip", 1, 1e6)

@@ -515,7 +515,8 @@ def shape_share(frames, shape):
 # -------------------------------------------------------------------------------------------- reference clips
 # References are drawn, not placed: clip `index` of a split is a function of these two. No clip is chosen or
 # dropped by what a model does with it; settings are chosen on "validation", and "test" is only measured.
-SPLITS = {"test": 40_000_000, "validation": 50_000_000}       # first seeds; training and checks end far below
+# "test2" has clips that no run had seen before the second model was measured.
+SPLITS = {"test": 40_000_000, "validation": 50_000_000, "test2": 60_000_000}    # first seeds, far from others
 COMMITTED = 12                                                 # clips of "test" that lie in data/clips
 
 
@@ -530,7 +531,7 @@ def reference(split, index):
     rng = generator(seed, APPEARANCE)
     words = describe(*(str(rng.choice(names)) for names in
                        (list(SHAPES), list(COLOURS), patterns_for(motion), list(BACKGROUNDS))))
-    name = motion + (f"_{turns + 1}" if turns else "") + {"test": "", "validation": "_v"}[split]
+    name = motion + (f"_{turns + 1}" if turns else "") + {"test": "", "validation": "_v", "test2": "_w"}[split]
     return {"name": name, "seed": seed, "motion": motion, "caption": words,
             "prompts": target_prompts(words, seed, motion)}
 

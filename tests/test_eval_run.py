@@ -634,7 +634,7 @@ def test_bad_clips_json(model, tmp_path, capsys, index, said):
 
 
 def test_the_embedded_world_has_any_number_of_clips(model, tmp_path):
-    """The committed clips are the first of the split; `validation` has others."""
+    """The committed clips are the first of the split; the other splits have others."""
     lab = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, "--clip-count", "15", "--frames", "16")))
     assert len({c.name for c in lab.clips}) == len({c.digest for c in lab.clips}) == 15
     assert lab.clips[9].caption == world.reference("test", 9)["caption"]
@@ -642,9 +642,10 @@ def test_the_embedded_world_has_any_number_of_clips(model, tmp_path):
         model, tmp_path, "--clip-count", "2", "--frames", "16", "--clips", str(ROOT / "data" / "clips"))))
     assert [(c.name, c.digest, c.prompts) for c in folder.clips] == [
         (c.name, c.digest, c.prompts) for c in lab.clips[:2]]
-    more = ("--clip-count", "15", "--split", "validation", "--frames", "16")
-    other = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, *more)))
-    assert not {c.digest for c in other.clips} & {c.digest for c in lab.clips}
+    for split in ("validation", "test2"):
+        more = ("--clip-count", "15", "--split", split, "--frames", "16")
+        other = eval_mi.Lab(eval_mi.parse(arguments(model, tmp_path, *more)))
+        assert not {c.digest for c in other.clips} & {c.digest for c in lab.clips}
 
 
 def test_thumbnails_and_descriptions_are_no_clips(tmp_path):
