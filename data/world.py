@@ -531,7 +531,8 @@ def reference(split, index):
     rng = generator(seed, APPEARANCE)
     words = describe(*(str(rng.choice(names)) for names in
                        (list(SHAPES), list(COLOURS), patterns_for(motion), list(BACKGROUNDS))))
-    name = motion + (f"_{turns + 1}" if turns else "") + {"test": "", "validation": "_v", "test2": "_w"}[split]
+    suffix = {"test": "", "validation": "_v", "test2": "_w"}[split]
+    name = motion + (f"_{turns + 1}" if turns else "") + suffix
     return {"name": name, "seed": seed, "motion": motion, "caption": words,
             "prompts": target_prompts(words, seed, motion)}
 
