@@ -52,6 +52,15 @@ GEOMETRIES = {
     "tiny":   (0, (16, 32, 64, 64), (("CrossAttnDownBlock3D", 64), ("DownBlock3D", 128))),
     "tiny16": (1, (16, 32, 64), (("DownBlock3D", 32), ("CrossAttnDownBlock3D", 64), ("DownBlock3D", 128))),
 }
+# What noise the UNets learn to take away: kind of betas, first and last of them; the shift that draws strong
+# noise more often for clips. Sampling starts from plain noise, as if the last betas left nothing of a clip.
+# Those of Stable Diffusion leave 7 to 10 %: 5 to 7 standard deviations in the 4,096 numbers of a clip of tiny,
+# 11 to 13 in tiny16's 16,384, which then misses something there, and drew sprites that jump and change colour
+# (arXiv 2305.08891). Those of DDPM (arXiv 2006.11239) leave 1 %, and less needs to be shifted.
+NOISE = {
+    "tiny":   ("scaled_linear", 0.00085, 0.012, 3),
+    "tiny16": ("linear", 0.0001, 0.02, 1.5),
+}
 SHARED = ("tokenizer", "text_encoder", "clip")       # tiny's own; tiny16 has copies, so both are judged alike
 # mini_mi.json: what each model is best used with.
 USE = dict(world=True, frames=world.FRAMES, size=f"{world.SIZE}x{world.SIZE}", fps=world.FPS, batch=1,
@@ -67,9 +76,9 @@ TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_att
 VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
               projection_dim=64, image_size=64, patch_size=8, num_channels=3, hidden_act="quick_gelu",
               layer_norm_eps=1e-5, model_type="clip_vision_model")
-SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                 beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
-                 prediction_type="v_prediction", timestep_spacing="leading", rescale_betas_zero_snr=False)
+SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, steps_offset=1, set_alpha_to_one=False,
+                 clip_sample=False, prediction_type="v_prediction", timestep_spacing="leading",
+                 rescale_betas_zero_snr=False)
 PIPELINE = dict(_class_name="TextToVideoSDPipeline", scheduler=["diffusers", "DDIMScheduler"],
                 text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"],
                 unet=["diffusers", "UNet3DConditionModel"], vae=["diffusers", "AutoencoderKL"])
@@ -105,6 +114,12 @@ def configs(name):
                 block_out_channels=channels, layers_per_block=1, cross_attention_dim=128,
                 attention_head_dim=channels[0] // 4, norm_num_groups=32)
     return vae, unet
+
+
+def scheduler_config(name):
+    """scheduler_config.json of a model."""
+    kind, start, end, _ = NOISE[name]
+    return dict(SCHEDULER, beta_schedule=kind, beta_start=start, beta_end=end)
 
 
 def pool(count, seed, motions=world.TRAIN_MOTIONS):
@@ -407,6 +422,7 @@ def train_unet(stage, args):
     texts = mini_mi.encode_prompt(models, [*every, ""])
     labels = torch.tensor([every.index(c) for c in captions])
     scheduler, batch, device = models.scheduler, args.batch or STAGES[stage][1], args.device
+    *_, shift = NOISE[args.model]
     # eval(): the temporal convolutions' dropout is left out, as it is at inversion.
     unet = models.unet.requires_grad_(True).eval()
     # In bfloat16 the CPU's fused attention is slow backwards: without it a step takes two thirds of the time.
@@ -426,10 +442,10 @@ def train_unet(stage, args):
         label = torch.where(torch.rand(batch, generator=generator) < EMPTY, len(every), labels[pick])
         noise = torch.randn(x0.shape, generator=generator).to(device)
         # One noise level from each of `batch` parts of the schedule: steadier gradients. In clips the parts
-        # where noise is strong are narrower (shift 3 of arXiv 2403.03206): there it is decided what goes
+        # where noise is strong are narrower (the shift of arXiv 2403.03206): there it is decided what goes
         # where, and frames that disagree about it make a sprite jump.
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        u = u if frames == 1 else 3 * u / (1 + 2 * u)
+        u = u if frames == 1 else shift * u / (1 + (shift - 1) * u)
         t = (u * scheduler.T).long().clamp(max=scheduler.T - 1)
         x0, noise, t, label = (whole[part::parts] for whole in (x0, noise, t, label))
         weight = (5 * (1 - scheduler.abar(t, x0))).clamp(max=1)          # min(snr + 1, 5) / (snr + 1)
@@ -564,7 +580,7 @@ def main(argv=None):
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     write_json(args.to / "model_index.json", PIPELINE)
     write_json(args.to / "mini_mi.json", SETTINGS[args.model])
-    write_json(args.to / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(args.to / "scheduler" / "scheduler_config.json", scheduler_config(args.model))
     if args.model != "tiny":
         for name in SHARED:
             shutil.copytree(TINY / name, args.to / name, dirs_exist_ok=True)

@@ -80,7 +80,7 @@ def test_recipe_and_files_agree(folder):
     for part, config in {"unet/config.json": unet, "model_index.json": make_tiny.PIPELINE,
                          "vae/config.json": {**vae, "scaling_factor": scale},
                          "mini_mi.json": make_tiny.SETTINGS[folder.name],
-                         "scheduler/scheduler_config.json": make_tiny.SCHEDULER}.items():
+                         "scheduler/scheduler_config.json": make_tiny.scheduler_config(folder.name)}.items():
         assert json.loads((folder / part).read_text()) == config
 
 
