@@ -53,10 +53,10 @@ GEOMETRIES = {
     "tiny16": (1, (16, 32, 64), (("DownBlock3D", 32), ("CrossAttnDownBlock3D", 64), ("DownBlock3D", 128))),
 }
 # What noise the UNets learn to take away: kind of betas, first and last of them; the shift that draws strong
-# noise more often for clips. Sampling starts from plain noise, as if the last betas left nothing of a clip.
-# Those of Stable Diffusion leave 7 to 10 %: 5 to 7 standard deviations in the 4,096 numbers of a clip of tiny,
-# 11 to 13 in tiny16's 16,384, which then misses something there, and drew sprites that jump and change colour
-# (arXiv 2305.08891). Those of DDPM (arXiv 2006.11239) leave 1 %, and less needs to be shifted.
+# noise more often for clips. Sampling starts from plain noise, as if nothing of a clip were left (arXiv
+# 2305.08891). Where it starts, Stable Diffusion's betas leave 8 to 10 %: 5 to 7 standard deviations in the
+# 4,096 numbers of a clip of tiny, 11 to 13 in tiny16's 16,384, whose sprites then jumped (data/README.md).
+# Those of DDPM (arXiv 2006.11239) leave 1 %, and less needs to be shifted.
 NOISE = {
     "tiny":   ("scaled_linear", 0.00085, 0.012, 3),
     "tiny16": ("linear", 0.0001, 0.02, 1.5),
@@ -76,8 +76,8 @@ TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_att
 VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
               projection_dim=64, image_size=64, patch_size=8, num_channels=3, hidden_act="quick_gelu",
               layer_norm_eps=1e-5, model_type="clip_vision_model")
-SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, steps_offset=1, set_alpha_to_one=False,
-                 clip_sample=False, prediction_type="v_prediction", timestep_spacing="leading",
+SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, steps_offset=1, clip_sample=False,
+                 set_alpha_to_one=False, prediction_type="v_prediction", timestep_spacing="leading",
                  rescale_betas_zero_snr=False)
 PIPELINE = dict(_class_name="TextToVideoSDPipeline", scheduler=["diffusers", "DDIMScheduler"],
                 text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"],
