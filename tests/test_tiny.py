@@ -267,12 +267,12 @@ def test_an_interrupted_recipe_gives_the_same_model(small_recipe, whole, monkeyp
 
 
 def test_the_second_model(small_recipe, whole):
-    """Its own autoencoder and UNet, from other seeds; tiny's text tower and judge, which no stage touches."""
+    """Its own autoencoder, UNet and betas; tiny's text tower and judge, which no stage touches."""
     second = small_recipe("second", "--model", "tiny16")
     ours, theirs = weights(second), weights(whole)
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] == theirs[name]} == {
-        name for name in theirs if name.split("/")[1] not in ("unet", "vae", "mini_mi.json")}
+        name for name in theirs if name.split("/")[1] not in ("unet", "vae", "scheduler", "mini_mi.json")}
     assert {f.stem for f in (second / "work").glob("*.jsonl")} == {"vae", "images", "clips8", "clips"}
     assert first_loss(second, "vae") != first_loss(whole, "vae") and (second / "curves16.png").exists()
     models = mini_mi.load_models(str(second / "tiny"))
