@@ -472,7 +472,7 @@ class Lab:
         self.cells = [cell for batch in plan(s, self.clips) for cell in batch]
         told = {name: getattr(s, name) for name in "steps lr lr_schedule batch loss t_min".split()}
         self.trainings = {name: {**told, **other} for name, other in TRAININGS.items()}     # for train_motion
-        self.pipeline, self.judges = Pipeline(self, model), Judges(s, judge, in_world)
+        self.pipeline, self.judges = Pipeline(self, model), Judges(s, str(name), judge, in_world)
         weights = fingerprint(*(model / part for part in "unet vae text_encoder tokenizer scheduler".split()))
         self.made_with = [CODE_VERSION, weights, s.frames, s.size, s.dtype, torch.device(s.device).type]
         self.judged_by = [JUDGE_VERSION, fingerprint(judge), in_world, s.tracker, s.grid, STILL]
@@ -674,9 +674,9 @@ class Pipeline:
             motion = mini_mi.train_motion(
                 self.models, latents, text, **self.lab.trainings[training], seed=train_seed,
                 checkpointing=s.checkpointing, progress=False)
-            motion.source = {"model": s.model, "frames": s.frames, "size": s.size, "cost": {
-                "train_seconds": time.perf_counter() - began,
-                "parameters": sum(p.numel() for p in motion.parameters())}}
+            learned = {"model": s.model, "frames": s.frames, "size": s.size, **self.lab.trainings[training]}
+            motion.source = {**learned, "cost": {"train_seconds": time.perf_counter() - began,
+                                                 "parameters": sum(p.numel() for p in motion.parameters())}}
             return motion
 
         path = self.lab.motion_path(clip, training, train_seed)
@@ -713,10 +713,10 @@ class Pipeline:
 class Judges:
     """CLIP for frames and texts, Inception for the Frechet distance, a tracker for motion."""
 
-    def __init__(self, s, judge_folder, in_world):
-        self.settings, self.folder, self.in_world = s, judge_folder, in_world
+    def __init__(self, s, name, folder, in_world):
+        self.settings, self.folder, self.in_world = s, folder, in_world
         self.device = torch.device(s.device)
-        self.names = {"clip": "the tiny CLIP" if in_world else s.clip_model or "OpenAI's ViT-B/32",
+        self.names = {"clip": "the tiny CLIP" if in_world else name,
                       "frechet": "tiny-CLIP" if in_world else "Inception",
                       "tracker": f"{s.tracker}, {s.grid} x {s.grid} points",
                       "real": "rendered clips of the same prompts" if in_world else
@@ -813,7 +813,7 @@ def collect(lab):
     finished = [s for s in samples if s.arrays]
     by_name = grouped(finished, lambda s: s.cell.variant.name)
     if "full" not in by_name:
-        raise UserError(f"{lab.out} has no finished cell of this grid: drop --report, or change --out")
+        raise UserError(f"{lab.out} has no finished cell of this grid: give its run's options, drop --report")
     to_real = {name: distance_to_real(lab, some) for name, some in by_name.items()}
     drawn = {name: {(s.cell.key, s.cell.train_seed) for s in some} for name, some in by_name.items()}
     for name, (distance, clips, facts) in to_real.items():
@@ -1008,12 +1008,8 @@ VOTE_FIELDS = ["run", "participant", "place", "question", "shown", "choice"]
 FEW = 5                                              # participants below which shares are no result yet
 # Which candidate moves most like the reference and shows the prompt? Frames are (F,h,w,3) uint8; candidates:
 # id -> frames, one of every variant; caption, what the reference shows, is the prompt of an attention check.
+# Ids are digests, which tell nothing; with a letter first, or a spreadsheet takes 728957227716 for a number.
 Question = collections.namedtuple("Question", "id prompt reference candidates caption")
-
-
-def opaque(letter, *what):
-    """An id that tells nothing. It begins with a letter, or a spreadsheet takes 728957227716 for a number."""
-    return letter + digest(*what)
 
 
 def make_ballot(lab, most=20):
@@ -1030,12 +1026,12 @@ def make_ballot(lab, most=20):
         first, candidates = ready[n][0], {}
         for cell in ready[n]:
             file = lab.sample_path(cell)
-            key = opaque("c", hashlib.sha256(file.read_bytes()).hexdigest())   # tells nothing without cells
+            key = "c" + digest(hashlib.sha256(file.read_bytes()).hexdigest())   # tells nothing without cells
             with mini_mi.built_from(file, "is damaged"):
                 candidates[key], variant_of[key] = read_arrays(file)["frames"], cell.variant.name
-        questions.append(Question(opaque("q", *first.key), first.prompt, first.clip.frames, candidates,
+        questions.append(Question("q" + digest(*first.key), first.prompt, first.clip.frames, candidates,
                                   first.clip.caption))
-    run_id = opaque("r", sorted(variant_of))
+    run_id = "r" + digest(sorted(variant_of))
     checks = attention_checks(questions, run_id)
     ballot = {"run": run_id, "variants": [*BALLOT_VARIANTS],
               "questions": {q.id: {key: variant_of[key] for key in q.candidates} for q in questions},
@@ -1065,8 +1061,8 @@ def attention_checks(questions, run_id):
     for n, q in enumerate([*moving, *moving][:2]):
         stills = np.linspace(0, len(q.reference) - 1, len(q.candidates) - 1).astype(int)
         shown = [q.reference, *(np.repeat(q.reference[i:i + 1], len(q.reference), axis=0) for i in stills)]
-        ids = [opaque("c", run_id, n, i) for i in range(len(shown))]
-        check = Question(opaque("q", run_id, n), q.caption, q.reference, dict(zip(ids, shown)), q.caption)
+        ids = ["c" + digest(run_id, n, i) for i in range(len(shown))]
+        check = Question("q" + digest(run_id, n), q.caption, q.reference, dict(zip(ids, shown)), q.caption)
         checks.append((check, ids[0]))
     return checks
 
@@ -1107,8 +1103,9 @@ def read_votes(paths, ballot):
     what was left out). A question counts once for a participant, as the last file has it: a browser saves a
     second time as "votes-ID (1).csv", so the longer name is the later one.
     """
-    answers, notes, checks = {}, [], ballot["checks"]
+    answers, checks = {}, ballot["checks"]
     files = [file for path in map(Path, paths) for file in (path.glob("*.csv") if path.is_dir() else [path])]
+    notes = [] if files else ["no .csv file was found"]
     for file in sorted(files, key=lambda f: (len(f.name), f.name)):
         try:
             answers |= read_ballot(file, ballot)
@@ -1224,12 +1221,12 @@ def document(results):
           "by sign flips over participants." for name, (*test, p) in results["preference"]["tests"].items()),
         *results["preference"]["notes"]]
     parts["notes"] = [
-        f"Judges: {judges['clip']} for texts and frames; tracker {judges['tracker']}. The Fréchet distance "
-        f"compares {judges['frechet']} features with those of {judges['real']}.",
+        f"Model: {Path(results['settings']['model']).name}. Judges: {judges['clip']}; tracker "
+        f"{judges['tracker']}. Fréchet: {judges['frechet']} features, against those of {judges['real']}.",
         f"Chance level of Motion Fidelity, against clips of other motions: {plus_minus(results['chance'])}.",
         *parts["votes"]]
-    parts["run"] = ["{command}, {date}, {machine}: {computed} cells made in {minutes:.1f} minutes; finished: "
-                    "{finished} of {planned}.".format_map({**results, **results["run"]})]
+    parts["run"] = ["{command}, {date}, {machine}, {ranks} at a time: {computed} cells in {minutes:.1f} min; "
+                    "finished: {finished} of {planned}.".format_map({**results, **results["run"]})]
     return parts
 
 
@@ -1279,7 +1276,7 @@ def forest_plot(results):
                 out.append(f'<g class="mark {"ablation" if name in ABLATIONS else ""}">'
                            f'<circle cx="{x[mean]}" cy="{y}" r="3.5"/>{line}</g>')
         # Numbers under the axis: zero, and the outermost ends where they have room.
-        ticks = {0.0: "0", **{v: f"{v:+.2f}" for v in (ends[0], ends[-1]) if abs(x[v] - x[0.0]) > 34}}
+        ticks = {0.0: "0", **{v: f"{v:+.2g}" for v in (ends[0], ends[-1]) if abs(x[v] - x[0.0]) > 34}}
         out += [f'<text x="{x[v]}" y="{bottom + 14}" text-anchor="middle">{text}</text>'
                 for v, text in ticks.items()]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {names_width + 3 * width} '
@@ -1346,7 +1343,7 @@ class Settings(mini_mi.SharedConfig):
     seed_count: int = option("grid", 2, "sampling seeds per prompt", 1, 1e6)
     training_seeds: int = option("grid", 1, "trainings of each kind per clip", 1, 1e6)
     quick: bool = option("grid", False, "a small grid, to see it work: 3 clips, 1 prompt, 1 seed")
-    invert_steps: int = option("sampling", mini_mi.INVERT_STEPS, "steps of the DDIM inversion", 1, 1e6)
+    invert_steps: int = option("sampling", mini_mi.INVERT_STEPS, "steps of the DDIM inversion", 2, 1e6)
     sample_batch: int = option("sampling", 4, "samples made at once: 4 suits a CPU, a GPU likes more", 1, 1e6)
     out: str = option("output", "out/eval", "folder for cells and report; a second run goes on there")
     dtype: str = option("output", None, "of the UNet (default: float32, on CUDA float16 for large models)",
@@ -1397,10 +1394,13 @@ def run(s):
                 older["preference"] = preference(*read_votes(s.votes, ballot), ballot["variants"])
         with mini_mi.built_from(out / "results.json"):
             results = analyse(older)
+            document(results)                                   # what it lacks shows here, under its name
         return write_report(out, results)
     lab, computed, minutes = (Lab(s), 0, 0.0) if s.report else run_experiment(s)
     if os.environ.get("RANK", "0") != "0":
         return
+    if s.report and len(lab.cells) < older.get("planned", 0):
+        raise UserError(f"{out} holds {older['planned']} cells, not {len(lab.cells)}: give its run's options")
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     if s.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated(s.device) / 2 ** 30

@@ -258,12 +258,14 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
 
     # The UNet is frozen; so are the networks that made latents and text. The embeddings alone learn.
     unet.requires_grad_(False)
+    if motion and settings:
+        raise TypeError(f"{', '.join(settings)}: settings of new embeddings, and `motion` has its own")
     motion = (motion or MotionEmbeddings(unet, frames, height, width, **settings)).to(models.device)
     # AdamW's default decay, which the authors leave active: a step multiplies them by 1 - lr/100.
     optimizer = torch.optim.AdamW(motion.parameters(), lr=lr, weight_decay=0.01)
     # Gradients in float16 vanish below 6e-8: the scaler multiplies the loss and divides what comes out.
     scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
-    # The hybrid loss alone has a helper; it holds the clip's looks while the embeddings learn.
+    # The hybrid loss alone has a helper; it learns the looks, and holds them while the embeddings learn.
     lora = SpatialLoRA(unet, generator) if loss == "hybrid" else None
     x_0, text = latents.expand(batch, -1, -1, -1, -1), text.expand(batch, -1, -1)
 
@@ -275,7 +277,7 @@ def train_motion(models, latents, text, *, steps=350, lr=0.02, lr_schedule="cons
         anchor = torch.randint(frames, (), generator=generator).item()
         x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.target(x_0, noise, t)
         optimizer.zero_grad(set_to_none=True)
-        with lora.step(models, x_t, t, text, target, scaler, generator) if lora else contextlib.nullcontext():
+        with lora.help(models, x_t, t, text, target, scaler, generator) if lora else contextlib.nullcontext():
             prediction = predict(models, x_t, t, text, motion.train(), checkpointing)
             error = motion_loss(loss, prediction, target, anchor)
             scaler.scale(error).backward()
@@ -335,7 +337,7 @@ class DDIMScheduler:
 
         UserError: they do not fit, or none of them is at t >= t_min * T, where embeddings act."""
         first = (n - 1) * (self.T // max(n, 1)) + self.offset
-        # T//n rounds down: 600 steps of 1000 would start from pure noise, but as if it were that of t = 599.
+        # T//n rounds down: with 600 steps of 1000 pure noise would be taken for that of t = 599, their first.
         if not 1 <= n <= self.T or n * (self.T // n) < 0.75 * self.T or first >= self.T:
             raise UserError(f"{n} DDIM steps do not fit into {self.T} timesteps; take another number")
         if first < t_min * self.T:
@@ -456,12 +458,12 @@ class SpatialLoRA(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.01)
 
     def switch(self, on):
-        """Lends the sum to the layers as their weight, or gives theirs back, the very tensor."""
+        """Gives every layer W + up @ down, through which gradients reach up and down, or its own W back."""
         for layer, weight, up, down in zip(self.layers, self.frozen, self.up, self.down):
             layer._parameters["weight"] = weight + (up @ down).to(weight.dtype) if on else weight
 
     @contextlib.contextmanager
-    def step(self, models, x_t, t, text, target, scaler, generator):
+    def help(self, models, x_t, t, text, target, scaler, generator):
         """With probability 0.8 it learns from a frame of x_t and target (B,C,F,H,W) and is on in the `with`
         block, where the embeddings learn; else it is off there. Afterwards the model is as it was."""
         on = torch.rand((), generator=generator).item() < 0.8
@@ -1212,13 +1214,13 @@ def read_json(path):
         return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}  # some editors begin with a mark
 
 
-def read_config(kind, config, only=None, **fields):
+def read_config(kind, config, only, **fields):
     """The settings of a model as a namespace: field=default as in the reference library, unless in `config`.
 
     only: {field: what is implemented, a value or a tuple of them, the default first}. Fields that are not
     named here are ignored: the strict load finds what adds weights."""
     settings = {}
-    for field, known in (only or {}).items():
+    for field, known in only.items():
         known = known if isinstance(known, tuple) else (known,)
         settings[field] = config.get(field, known[0])
         if settings[field] not in known:
@@ -1615,7 +1617,7 @@ def read_film(path, size, frames, start, duration):
         check_crop(tuple(map(int, shown[0][1:])), size)
         # Frames with the same time stamp share the time until the next one. The last frame stays as long as
         # the one before it: containers tell its length badly or not at all.
-        stamps, first = np.unique(np.maximum.accumulate([float(t) for t, *_ in shown]), return_index=True)
+        stamps, first = np.unique(np.maximum.accumulate([float(s) for s, *_ in shown]), return_index=True)
         end = stamps[-1] + (stamps[-1] - stamps[-2] if len(stamps) > 1 else 0.04)
         times = np.interp(np.arange(len(shown) + 1), [*first, len(shown)], [*stamps, end])
         length = 4 * width * height
@@ -1692,12 +1694,13 @@ def caption(label, width, lines):
 def framed(video, width):
     """(F,h,w,3) uint8 enlarged by a whole number to about `width` pixels or reduced to it, with a margin."""
     scale = round(width / video.shape[2]) or width / video.shape[2]
-    frames = np.stack([np.asarray(ImageOps.scale(Image.fromarray(frame), scale)) for frame in video])
+    size = [max(1, round(side * scale)) for side in (video.shape[2], video.shape[1])]
+    frames = np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in video])
     return np.pad(frames, ((0, 0), (0, 0), (0, 6), (0, 0)), constant_values=255)
 
 
 def side_by_side(videos, labels):
-    """(F,H,W,3) uint8: clips (F,h,w,3) of one size in a row under their labels, enlarged when tiny."""
+    """(F,height,width,3) uint8: clips (F,h,w,3) of one size in a row under labels, enlarged when tiny."""
     videos = [framed(video, max(192, video.shape[2])) for video in videos]  # 192 pixels: a label can be read
     strip = np.hstack([caption(label, clip.shape[2], 3) for label, clip in zip(labels, videos, strict=True)])
     return np.stack([np.vstack([strip, np.hstack(row)]) for row in zip(*videos, strict=True)])
@@ -1744,7 +1747,7 @@ class SharedConfig:
     loss: str = option("training", "mse", "mse: Eq. 4; debiased: MotionDirector's; hybrid: with its LoRA",
                        choices=("mse", "debiased", "hybrid"))
     checkpointing: bool = option("training", False, "recompute activations: slower, much less memory")
-    sample_steps: int = option("sampling", 30, "DDIM steps", 1, 1e5)
+    sample_steps: int = option("sampling", 30, "DDIM steps", 2, 1e5)
     guidance: float = option("sampling", 12.0, "classifier-free guidance; up to 1: none", -1e3, 1e3)
     noise_prior: float = option("sampling", 0.5, "share of the inverted reference in the start noise", 0, 1)
     device: str = option("output", "auto", "auto (cuda or cpu) or any device of torch: cpu, cuda:1, mps, xpu")
@@ -1785,7 +1788,8 @@ class Config(SharedConfig):
 TRAINING = ("steps", "lr", "lr_schedule", "batch", "loss", "checkpointing")
 LEARNING = (*TRAINING, "debias_in_training", "mqk_dims", "mv_dims", "levels", "snapshots")
 # What a motion remembers of its training.
-OF_MODEL, OF_CLIP = ("model", "frames", "size"), ("video", "start", "duration", "source_prompt")
+OF_TRAINING = ("model", "frames", "size", *TRAINING)
+OF_CLIP = ("video", "start", "duration", "source_prompt")
 
 
 def flag_of(field):
@@ -1852,7 +1856,7 @@ def model_settings(model):
 def clip_settings(video):
     """What clips.json beside a clip says of it: caption and two prompts; {} where it is not named there."""
     file = Path(video).parent / "clips.json"
-    with built_from(file):
+    with built_from(file, advice="rename it if it is not of this program"):
         entry = read_json(file).get(Path(video).stem, {}) if file.is_file() else {}
         if not all(isinstance(prompt, str) for prompt in entry.get("prompts", [])):
             raise UserError(f"the prompts of {Path(video).stem} are no texts")
@@ -1883,9 +1887,9 @@ def settle(given):
     motion_says = {}
     if motion:                                 # how it was trained and, unless another clip is given, on what
         same = "video" not in given or absolute(given["video"]) == motion.source.get("video")
-        motion_says = {name: motion.source.get(name) for name in (*OF_MODEL, *(OF_CLIP if same else ()))}
+        motion_says = {name: motion.source.get(name) for name in (*OF_TRAINING, *(OF_CLIP if same else ()))}
         motion_says |= {name: getattr(motion, name) for name in MotionEmbeddings.SETTINGS}
-    said = merged(Config, motion_says, given)                                    # checks their kinds, too
+    said = merged(Config, motion_says, given)         # here only for model and clip, which say more
     model = absolute(model_folder(said.model)) if Path(said.model, "unet").is_dir() else said.model
     model_says, video = model_settings(model), said.video and absolute(said.video)
     if not video and not motion and model_says.get("world"):
@@ -1906,9 +1910,10 @@ def settle(given):
 def check(config, motion):
     """Fills in device and dtype, drops a clip that is not needed, refuses what would spoil the run: early,
     before it costs an hour."""
+    # A saved motion needs its clip for the start noise, and to show it; without that noise it may be gone.
     may_be_gone = motion and config.video in (None, motion.source.get("video"))
     if may_be_gone and config.noise_prior == 0 and not os.path.exists(config.video or ""):
-        config.video = None                                         # only the start noise needs it
+        config.video = None
     elif not config.video:
         raise UserError("say which clip to take the motion from, --video FILE: " + (
             "the motion file does not; or give --noise-prior 0" if motion else
@@ -1934,7 +1939,7 @@ def sizes(config):
     file = model_folder(config.model, weights=False) / "vae" / "config.json"
     with built_from(file):
         factor = 2 ** (len(read_json(file).get("block_out_channels", (64,))) - 1)
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", config.size)
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", config.size)
     pixels = tuple(map(int, found.groups())) if found else (576, 320)
     near = tuple(max(1, round(n / factor)) * factor for n in pixels)
     if not found or near != pixels:
@@ -1967,7 +1972,7 @@ def prepared_motion(config, unet, grid, motion):
     if motion is None:
         settings = {name: getattr(config, name) for name in MotionEmbeddings.SETTINGS}
         motion = MotionEmbeddings(unet, config.frames, *grid, levels=config.levels or None, **settings)
-        motion.source = {name: getattr(config, name) for name in (*OF_MODEL, *OF_CLIP)}
+        motion.source = {name: getattr(config, name) for name in (*OF_TRAINING, *OF_CLIP)}
         return motion
     motion.use_mqk, motion.debias, motion.t_min = config.use_mqk, config.debias, config.t_min
     motion.use_mv = config.use_mv and config.motion_type == "object"    # camera drops it: any grid will do
@@ -2020,7 +2025,7 @@ def run(config, motion=None):
     # ---- encode. All randomness comes from seeds, so equal settings repeat the same frames.
     source_text, empty, negative, *texts = (encode_prompt(models, [prompt]) for prompt in (
         config.source_prompt or "", "", config.negative_prompt, *config.prompts))
-    if training or config.noise_prior > 0:             # one draw whatever --seed is: --seeds 2 is two runs
+    if training or config.noise_prior > 0:             # one draw, whatever --seed is
         latents = encode_video(models, to_model_range(reference), torch.Generator().manual_seed(1_000_000))
 
     # ---- train
@@ -2053,8 +2058,8 @@ def run(config, motion=None):
         contact_sheet(rows).save(temporary)
     peak = torch.cuda.max_memory_allocated(models.device) if models.device.type == "cuda" else None
     seconds = round(time.perf_counter() - began, 2)
-    write_record(folder, config, seconds=seconds, peak_cuda_bytes=peak, invert_steps=INVERT_STEPS,
-                 losses=motion.losses, embedding_parameters=count)
+    write_record(folder, config, seconds=seconds, peak_cuda_bytes=peak, losses=motion.losses,
+                 invert_steps=INVERT_STEPS if config.noise_prior > 0 else None, embedding_parameters=count)
     print(f"done in {seconds:.0f} s: look at {folder}/*-compare.{config.format}, {folder}/sheet.png")
 
 

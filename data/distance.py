@@ -1,7 +1,7 @@
 """Where does a variant's Frechet distance from real clips come from? Read off the cells of a run:
 
     python eval_mi.py --clip-count 5 --variants full,no-mqk,no-mv,base --out out/five
-    python data/distance.py out/five
+    python data/distance.py out/five                   # default: out/eval, a folder with cells of one run
 
 Every sampled frame is measured as it is, and again after a part of it was made right, pixel by pixel: the
 sprite's colour, the background, both. What is left after both is due to outlines, sizes and places alone. Two
@@ -18,6 +18,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import eval_mi                                                                           # noqa: E402
+import mini_mi                                                                           # noqa: E402
 import world                                                                             # noqa: E402
 
 
@@ -40,9 +41,10 @@ def corrected(frames, prompt, sprite, ground):
 def main(folder):
     """Prints a Markdown table: a row for every variant in `folder`, then the two rendered ones."""
     model, _, preprocess = eval_mi.load_clip(HERE / "tiny" / "clip")
-    references = {clip["name"]: clip for clip in (world.reference("test", n) for n in range(200))}
+    references = {clip["name"]: clip for split in world.SPLITS
+                  for clip in (world.reference(split, n) for n in range(200))}
     cells = collections.defaultdict(list)                          # variant -> [(reference, prompt, frames)]
-    for file in sorted(Path(folder).glob("cells/*/*.npz")):
+    for file in sorted(Path(folder).glob("cells/*/*-p*-s*.npz")):         # not those of the own caption
         variant, prompt = re.fullmatch(r"(.+)-p(\d+)-s.*", file.stem).groups()
         reference = references[file.parent.name]
         cells[variant].append((reference, reference["prompts"][int(prompt)], np.load(file)["frames"]))
@@ -51,6 +53,8 @@ def main(folder):
         """(n, D) of all frames of some clips."""
         return np.concatenate([np.asarray(model.image_features(preprocess(clip))) for clip in clips])
 
+    if not cells:
+        raise mini_mi.UserError(f"{folder} has no cells of eval_mi.py: give the folder of a run")
     some = next(iter(cells.values()))
     sets = [[world.render(world.scene(60_000_000 + 1000 * n + i, tuple(world.MOTIONS), prompt))
              for i, (_, prompt, _) in enumerate(some)] for n in range(2)]
@@ -70,4 +74,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(mini_mi.guarded(lambda: main(sys.argv[1] if sys.argv[1:] else "out/eval")))

@@ -559,21 +559,26 @@ def main(argv=None):
     p.add_argument("--work", type=Path, help="folder for states, logs and sheets; default: out/MODEL")
     p.add_argument("--to", type=Path,
                    help="the model folder; the curves are drawn beside it; default: data/MODEL")
-    p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage")
     p.add_argument("--lr", type=float, help="peak learning rate, in place of the stage's own")
     p.add_argument("--batch", type=int, help="batch size, in place of the stage's own")
     p.add_argument("--pool", type=int, default=5000, help="clips rendered to draw from")
-    p.add_argument("--fresh", action="store_true", help="begin from random weights")
+    p.add_argument("--fresh", action="store_true", help="begin from random weights (not clips8, clips)")
     p.add_argument("--check", action="store_true", help="train nothing: measure the model folder")
     args = p.parse_args(argv)
+    args.device = torch.device(mini_mi.pick_device(args.device))
     if args.check:
         import check_tiny                               # here, since training needs none of it
         both = [HERE / name for name in GEOMETRIES if args.model in (None, name)]
         there = [folder for folder in ([args.to] if args.to else both) if (folder / "unet").exists()]
+        if not there:
+            p.error(f"{args.to or HERE} has no model with a UNet: train one first")
         check_tiny.check(there, args.device)
         return
     args.model = args.model or "tiny"
+    if args.stage == "clip" and args.model != "tiny":
+        p.error(f"{args.model} has copies of tiny's text tower and judge: no stage clip")
     args.seed, args.to = GEOMETRIES[args.model][0], args.to or HERE / args.model
     args.work = args.work or HERE.parent / "out" / args.model
     args.work.mkdir(parents=True, exist_ok=True)
@@ -597,4 +602,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(mini_mi.guarded(main))

@@ -89,4 +89,4 @@ def main(path=HERE / "ablation" / "results.json"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(mini_mi.guarded(lambda: main(*sys.argv[1:])))

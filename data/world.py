@@ -11,8 +11,8 @@ has not seen has to be inverted.
 
 All geometry is in pixels of a 64-pixel picture, x to the right and y DOWN, and scales with the size that
 is rendered. Time t runs from 0 (first frame) to 1 (last frame): more frames show the same path more slowly.
-`python data/world.py` writes the reference clips to data/clips/; `--split validation` gives others of the
-same motions, to choose settings by.
+`python data/world.py` writes the reference clips to data/clips/; `FOLDER --split validation` gives others of
+the same motions, to choose settings by.
 """
 
 import argparse
@@ -516,7 +516,7 @@ def shape_share(frames, shape):
 # References are drawn, not placed: clip `index` of a split is a function of these two. No clip is chosen or
 # dropped by what a model does with it; settings are chosen on "validation", and "test" is only measured.
 # "test2" has clips that no run had seen before the second model was measured.
-SPLITS = {"test": 40_000_000, "validation": 50_000_000, "test2": 60_000_000}    # first seeds, far from others
+SPLITS = {"test": 40_000_000, "validation": 50_000_000, "test2": 80_000_000}    # first seeds, far from others
 COMMITTED = 12                                                 # clips of "test" that lie in data/clips
 
 
@@ -579,7 +579,10 @@ def write_clips(folder, split="test", count=COMMITTED):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Writes reference clips of the tiny world.")
-    parser.add_argument("folder", nargs="?", default=Path(__file__).parent / "clips")
+    parser.add_argument("folder", nargs="?", help="default, of the split test: data/clips")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--count", type=int, default=COMMITTED)
-    write_clips(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    if args.split != "test" and not args.folder:
+        parser.error("data/clips holds the split test: name another folder")
+    write_clips(args.folder or Path(__file__).parent / "clips", args.split, args.count)

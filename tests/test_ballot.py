@@ -22,7 +22,7 @@ PROMPTS = ("a red star on a teal plain background", SCRIPT, "<b>bold</b> & \u202
 
 def opaque(text):
     """An id as the program makes them: of a question or a candidate."""
-    return eval_mi.opaque("q" if text.startswith("question") else "c", text)
+    return ("q" if text.startswith("question") else "c") + eval_mi.digest(text)
 
 
 def make_questions():

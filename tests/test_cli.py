@@ -107,6 +107,9 @@ def test_reused_motion_gives_the_same_frames(start, capsys):
     assert status == 0 and gifs(first).keys() == {"1-a-green-circle.gif", "1-a-green-circle-compare.gif"}
     assert gifs(second) == gifs(first)
     assert not (second / "motion.safetensors").exists()
+    # The record says how the motion was trained, not how this model's motions usually are.
+    trained, reused = (json.loads((out / "run.json").read_text())["config"] for out in (first, second))
+    assert all(trained[name] == reused[name] for name in mini_mi.TRAINING) and reused["steps"] == 2
     # Beside another prompt the frames are the same; with another seed or without MV they are not.
     _, third = start("--motion", motion, "--seed", 3, "--prompt", "a red star", out="third", prior="0.5",
                      small=small, shows=shows)
@@ -367,7 +370,8 @@ def test_bad_videos(bad, tmp_path, clip, name, kind, match):
     ("--guidance", ["--guidance", "nan"]), ("--seed", ["--seed", -1]), 
     ("--fps", ["--fps", 0]), ("within 1 and 50", ["--fps", 60]), ("--snapshots", ["--snapshots", "x"]),
     ("invalid numbers value", ["--levels", "a"]), ("levels", ["--levels", "1"]), ("levels", ["--levels", "7"]), ("--frobnicate", ["--frobnicate"]),
-    ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 0]),
+    ("--debias", ["--debias", "median"]), ("--sample-steps", ["--sample-steps", 1]),
+    ("WIDTHxHEIGHT", ["--size", f"{8 * 10 ** 400}x8"]),
     ("steps", ["--sample-steps", 1000]),
     ("--device gpu fails", ["--device", "gpu"]), ("--device cuda:99", ["--device", "cuda:99"]),
     ("--snapshots .1, 3.: .* 1 to 2", ["--snapshots", "1,3"]),

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "data"))
 import distance  # noqa: E402
+import mini_mi  # noqa: E402
 import world  # noqa: E402
 
 PROMPT = "a red circle on a teal striped background"
@@ -50,8 +51,11 @@ def test_the_table(tmp_path, capsys):
             scene = world.scene(seed, ["line"], reference["prompts"][0])
             scene["background"] = ground or scene["background"]
             np.savez(folder / f"{variant}-p0-s{seed}-0123456789ab.npz", frames=world.render(scene))
+    np.savez(folder / "vae-own-s0-0123456789ab.npz", frames=world.render(scene))     # is left out
     distance.main(tmp_path)
     rows = {line.split(" | ")[0][2:]: line for line in capsys.readouterr().out.splitlines() if "|" in line}
     base, full = ([float(word) for word in rows[name].strip("| ").split(" | ")[1:]] for name in ("base", "full"))
     assert full[0] > 2 * base[0] and full[2] == pytest.approx(base[2], rel=0.2)
-    assert "rendered, random motions" in rows
+    assert "rendered, random motions" in rows and "vae" not in rows
+    with pytest.raises(mini_mi.UserError, match="no cells"):
+        distance.main(tmp_path / "nowhere")

@@ -231,14 +231,20 @@ def test_a_fingerprint_is_cheap_and_sees_other_weights(tmp_path):
     assert eval_mi.fingerprint(big.parent) not in (first, second)
 
 
-def test_a_report_of_a_part_is_not_signed_by_the_whole_run(copy, model):
-    """Of the same grid it is."""
-    run = json.loads((copy / "results.json").read_text())["run"]
-    assert eval_mi.main(arguments(model, copy, "--report")) == 0
-    assert json.loads((copy / "results.json").read_text())["run"] == run
-    assert eval_mi.main(arguments(model, copy, "--report", "--variants", "no-mv")) == 0
-    part = json.loads((copy / "results.json").read_text())["run"]
-    assert part["computed"] == 0 != run["computed"] and part["minutes"] != run["minutes"]
+def test_a_report_of_a_part_does_not_replace_that_of_the_whole_run(copy, model, capsys):
+    """Who leaves out the options of the run would lose its clips, its note and its votes."""
+    whole = (copy / "results.json").read_text()
+    assert eval_mi.main(arguments(model, copy, "--report", "--clip-count", "2")) == 2
+    assert f"holds {CELLS} cells, not" in capsys.readouterr().err
+    assert (copy / "results.json").read_text() == whole
+
+
+def test_a_results_file_that_lacks_something_is_named(tmp_path, capsys):
+    results = json.loads((ROOT / "data" / "ablation" / "results.json").read_text(encoding="utf-8"))
+    for lost in ("run", "judges"):
+        (tmp_path / "results.json").write_text(json.dumps({k: v for k, v in results.items() if k != lost}))
+        assert eval_mi.main(["--report", "--out", str(tmp_path)]) == 2
+        assert "results.json cannot be used" in capsys.readouterr().err
 
 
 def test_a_variant_brings_what_it_is_held_against():

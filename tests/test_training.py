@@ -57,6 +57,13 @@ def test_training_lowers_the_loss(models, clip):
     assert all(p.grad is None for p in models.unet.parameters())
 
 
+def test_settings_beside_a_motion_that_has_its_own_are_refused(models, clip):
+    """An ablation that is asked for and not made would be a wrong result."""
+    motion = mini_mi.MotionEmbeddings(models.unet, 4, 4, 4)
+    with pytest.raises(TypeError, match="use_mv"):
+        mini_mi.train_motion(models, *clip, motion=motion, use_mv=False)
+
+
 def test_a_cosine_schedule_ends_at_rest(models, clip):
     """The first step is that of the constant rate, the later ones are shorter, and the last hardly moves."""
     def moves(schedule):

@@ -657,6 +657,7 @@ def test_contact_sheet_shows_first_and_last_frame_enlarged():
     assert dark_pixels(sheet[2 * row : 2 * row + 24]) == 0
     large = np.zeros((24, 320, 576, 3), np.uint8)
     assert mini_mi.contact_sheet([("large frames are reduced", large)]).size == (8 * tile, 24 + 107 + 6)
+    assert mini_mi.contact_sheet([("flat", np.zeros((2, 8, 4096, 3), np.uint8))]).size == (8 * tile, 24 + 1 + 6)
 
 
 def test_side_by_side_keeps_frames_and_can_be_written(tmp_path):
