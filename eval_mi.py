@@ -813,7 +813,7 @@ def collect(lab):
     finished = [s for s in samples if s.arrays]
     by_name = grouped(finished, lambda s: s.cell.variant.name)
     if "full" not in by_name:
-        raise UserError(f"{lab.out} has no finished cell of this grid: give its run's options, drop --report")
+        raise UserError(f"{lab.out}: no finished cell of this grid; give its run's options, or drop --report")
     to_real = {name: distance_to_real(lab, some) for name, some in by_name.items()}
     drawn = {name: {(s.cell.key, s.cell.train_seed) for s in some} for name, some in by_name.items()}
     for name, (distance, clips, facts) in to_real.items():
