@@ -259,6 +259,9 @@ def target_motion(judge, sampled, prompts):
         if values["camera"]:
             rows.append(share_row(f"3 patterned clips whose background moves, {what}",
                                   [v >= STILL for v in values["camera"]]))
+        if values["straight"]:
+            rows.append(share_row(f"3 moving sprites on an exact line (straightness above 0.99), {what}",
+                                  [v > 0.99 for v in values["straight"]]))
     for what, values in facts.items():
         if values["way"]:
             spread, low, high = eval_mi.jackknife(lambda ways: 1 - float(np.linalg.norm(np.mean(ways, 0))),
