@@ -68,7 +68,7 @@ USE = dict(world=True, frames=world.FRAMES, size=f"{world.SIZE}x{world.SIZE}", f
            eval=dict(sample_steps=15, invert_steps=25))
 SETTINGS = {
     "tiny":   dict(USE, steps=300, lr=0.2, lr_schedule="cosine", t_min=0.4),
-    "tiny16": dict(USE, steps=350, lr=0.02, lr_schedule="constant", t_min=0.0),
+    "tiny16": dict(USE, steps=300, lr=0.1, lr_schedule="cosine", t_min=0.5, noise_prior=0.1),
 }
 TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
             projection_dim=64, max_position_embeddings=24, hidden_act="quick_gelu", layer_norm_eps=1e-5,
