@@ -1,4 +1,4 @@
-"""README.md says what was measured: its table and sentences are those of data/ablation/results.json."""
+"""README.md says what was measured: its table and sentences are those of the two published runs."""
 
 import json
 import re
@@ -6,52 +6,100 @@ import re
 import pytest
 from conftest import ROOT
 
+import eval_mi
 import mini_mi
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = json.loads((ROOT / "data" / "ablation" / "results.json").read_text(encoding="utf-8"))
-COLUMNS = ("text_similarity", "motion_fidelity", "temporal_consistency")
-ROWS = {row["name"]: row for row in RESULTS["rows"]}
 WORDS = " ".join(README.split())
+FOLDERS = {"tiny": ROOT / "data" / "ablation", "tiny16": ROOT / "data" / "ablation" / "tiny16"}
+RUNS = {model: json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        for model, folder in FOLDERS.items()}
+ROWS = {model: {row["name"]: row for row in run["rows"]} for model, run in RUNS.items()}
+PUBLISHED = {model: " ".join((folder / "results.md").read_text(encoding="utf-8").split())
+             for model, folder in FOLDERS.items()}
+LABELS = {"full": "`full`", "no-mqk": "`no-mqk`", "no-mv": "`no-mv`", "base": "`base`: neither",
+          "no-inversion": "plain noise: both", "no-mv-plain": "plain noise: MQK alone",
+          "no-mqk-plain": "plain noise: MV alone", "base-no-inversion": "plain noise: neither"}
 
 
-@pytest.mark.parametrize("name", ["full", "no-mqk", "no-mv", "base", "base-no-inversion", "vae"])
+@pytest.mark.parametrize("name", LABELS)
 def test_a_row_of_the_table(name):
-    """The paper's five metrics: mean and half of the 95 % interval; no votes yet."""
-    line = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+    """Two models side by side: mean and half of the 95 % interval of three metrics."""
+    line = next(line for line in README.splitlines() if line.startswith(f"| {LABELS[name]} |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
-    for metric, cell in zip(COLUMNS, cells[:3], strict=True):
-        mean, low, high = ROWS[name]["metrics"][metric]
-        assert cell == f"{mean:.3f} ± {(high - low) / 2:.3f}"
-    published = (ROOT / "data" / "ablation" / "results.md").read_text(encoding="utf-8")
-    row = next(line for line in published.splitlines() if line.startswith(f"| {name} |"))
-    assert cells == [cell.strip() for cell in row.strip("|").split("|")][1:6]
+    expected = []
+    for metric, digits in (("motion_fidelity", 3), ("text_similarity", 3), ("frechet", 4)):
+        for rows in ROWS.values():
+            mean, low, high = {**rows[name]["metrics"], "frechet": rows[name]["frechet"]}[metric]
+            expected.append(f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}")
+    assert cells == expected
 
 
-def test_sentences_are_those_of_the_run():
-    """The two ablations, the motions as units, the interaction, the price."""
-    published = " ".join((ROOT / "data" / "ablation" / "results.md").read_text(encoding="utf-8").split())
-    for words in re.findall(r"Motion Fidelity fell by [^;]*; p < 0.001, after Holm\)", WORDS):
-        assert words in published
-    for number in ("+0.079", "-0.130 (-0.177 to -0.082)", "-0.099 (-0.141 to -0.058)",
-                   "Text Similarity -0.0106 (-0.0174 to -0.0038)", "+0.0055 (+0.0027 to +0.0082)",
-                   "Temporal Consistency -0.0032 (-0.0052 to -0.0012)",
-                   "Appearance leakage +0.0140 (+0.0074 to +0.0205)"):
-        assert number in published and number in WORDS, number
-    assert "(0.040 to 0.118)" in published.replace("+", "") and "+0.079, 0.040 to 0.118" in WORDS
+@pytest.mark.parametrize("model", RUNS)
+@pytest.mark.parametrize("name", ["no-mqk", "no-mv"])
+def test_the_two_ablations(model, name):
+    """Both losses stand in README as in the run's own sentences, each with its p value."""
+    said = re.search(rf"- {name} against full, \d+ clips: Motion Fidelity fell by (\S+) "
+                     r"\(95 % interval (\S+) to (\S+); p < 0.001, after Holm\)", PUBLISHED[model])
+    assert "by {} (95 % interval {} to {})".format(*said.groups()) in WORDS
+    assert "All four: p < 0.001, after Holm." in WORDS
+    text = next(c for c in RUNS[model]["comparisons"] if c["name"] == name)["metrics"]["text_similarity"]
+    assert text["mean"] > 0 and "Text Similarity rises a little without a part, in both models" in WORDS
 
 
-def test_figures_that_are_computed_from_the_run():
-    fidelity = {name: row["metrics"]["motion_fidelity"][0] for name, row in ROWS.items()}
-    floor, bound = fidelity["base-no-inversion"], fidelity["vae"]
-    assert f"closes {(fidelity['base'] - floor) / (bound - floor):.2f} of the way" in WORDS
-    rest = (fidelity["full"] - fidelity["base"]) / (bound - fidelity["base"])
-    assert f"`full` closes {rest:.2f} of what is left" in WORDS
-    assert ("two together reach {:.3f}, MQK alone {:.3f}, MV alone {:.3f}, neither {:.3f}; chance is {:.3f}"
-            .format(*(fidelity[name] for name in ("no-inversion", "no-mv-plain", "no-mqk-plain",
-                                                  "base-no-inversion")), RESULTS["chance"][0])) in WORDS
+@pytest.mark.parametrize("model", RUNS)
+def test_what_else_the_run_says(model):
+    """The interaction, and the price of the method."""
+    published = PUBLISHED[model]
+    interaction = re.search(r"\+ base, exploratory\): (\S+ \(\S+ to \S+\));", published).group(1)
+    text = re.search(r"full against base, exploratory: Text Similarity ([^;]*);", published).group(1)
+    distance = re.search(r"Appearance leakage [^;]*;.*? Fréchet distance ([^;]*?)\. - ", published).group(1)
+    for words in (interaction, text, distance, f"{ROWS[model]['debias-none']['frechet'][0]:.4f}",
+                  f"{RUNS[model]['chance'][0]:.3f}"):
+        assert words in WORDS, words
+
+
+def test_a_part_alone():
+    """Against base in tiny16, and from plain noise in both: every interval holds 0; both parts: none does."""
+    def difference(model, name, base):
+        """Of the means over a clip."""
+        means = {}
+        for cell in RUNS[model]["cells"]:
+            means.setdefault(cell["variant"], {}).setdefault(cell["clip"], []).append(
+                cell["scores"]["motion_fidelity"])
+        pair = ([sum(values) / len(values) for values in means[variant].values()] for variant in (name, base))
+        return eval_mi.paired_difference(*pair)
+
+    for model, name, base in (*(("tiny16", name, "base") for name in ("no-mqk", "no-mv")), *(
+            (model, f"{name}-plain", "base-no-inversion") for model in RUNS for name in ("no-mqk", "no-mv"))):
+        assert difference(model, name, base).low < 0 < difference(model, name, base).high
+    assert all(difference(model, "no-inversion", "base-no-inversion").low > 0 for model in RUNS)
+
+
+def test_figures_that_are_computed_from_the_runs():
+    ways = []
+    for model, rows in ROWS.items():
+        of = {name: row["metrics"]["motion_fidelity"][0] for name, row in rows.items()}
+        floor, base, bound = of["base-no-inversion"], of["base"], of["vae"]
+        ways.append(((base - floor) / (bound - floor), (of["full"] - base) / (bound - base)))
+    (base, full), (base16, full16) = ways
+    assert f"`base` alone closes {base:.2f} (`tiny16`: {base16:.2f})" in WORDS
+    assert f"`full` {full:.2f} ({full16:.2f}) of what is left" in WORDS
+    of = {name: row["metrics"]["text_similarity"][0] for name, row in ROWS["tiny16"].items()}
+    assert f"{100 * (1 - of['full'] / of['base']):.1f} % where its settings had kept" in WORDS
+    more = [rows["full"]["frechet"][0] / rows["base"]["frechet"][0] for rows in ROWS.values()]
+    assert "{:.2f} and {:.2f} times that of `base`".format(*more) in WORDS
+
+
+def test_the_paper_settings_of_the_second_model():
+    of = ROWS["tiny16"]["paper-settings"]["metrics"]
+    assert "`tiny16` has {:.3f} and {:.3f} in Motion Fidelity and Text Similarity (`paper-settings`)".format(
+        of["motion_fidelity"][0], of["text_similarity"][0]) in WORDS
+
+
+def test_clips_that_no_earlier_run_saw():
     means = {}
-    for cell in RESULTS["cells"]:
+    for cell in RUNS["tiny"]["cells"]:
         means.setdefault(cell["variant"], {}).setdefault(cell["clip"], []).append(
             cell["scores"]["motion_fidelity"])
     means = {variant: [sum(values) / len(values) for values in clips.values()]
@@ -64,16 +112,22 @@ def test_figures_that_are_computed_from_the_run():
 def test_the_default_clip_is_taken_by_the_rule():
     """Of the clips in data/clips the one that the start noise alone follows least."""
     base = {}
-    for cell in RESULTS["cells"]:
+    for cell in RUNS["tiny"]["cells"]:
         if cell["variant"] == "base" and (ROOT / "data" / "clips" / f"{cell['clip']}.webp").exists():
             base.setdefault(cell["clip"], []).append(cell["scores"]["motion_fidelity"])
     assert len(base) == 12 and min(base, key=lambda clip: sum(base[clip])) == mini_mi.DEFAULT_CLIP
     assert f"`{mini_mi.DEFAULT_CLIP}`" in README
 
 
-def test_command_and_date_of_the_run():
-    assert RESULTS["run"]["date"] in README and RESULTS["finished"] == RESULTS["planned"]
+@pytest.mark.parametrize("model", RUNS)
+def test_a_whole_run_by_its_command(model):
+    """Every cell, on the date that README gives; the settings are those of the model's own file."""
+    run = RUNS[model]
+    assert run["run"]["date"] in README and run["finished"] == run["planned"]
+    own = mini_mi.read_json(ROOT / "data" / model / "mini_mi.json")
+    assert all(run["settings"][name] == own[name] for name in ("steps", "lr", "t_min", "noise_prior"))
 
 
-def test_no_machine_path_is_published():
-    assert not re.search(r'"/(root|home|tmp|work|mnt)/', json.dumps(RESULTS))
+@pytest.mark.parametrize("model", RUNS)
+def test_no_machine_path_is_published(model):
+    assert not re.search(r'"/(root|home|tmp|work|mnt)/', json.dumps(RUNS[model]))
