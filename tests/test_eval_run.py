@@ -755,25 +755,32 @@ def test_the_analysis_by_hand():
     assert [found["rows"][0][key] for key in ("moving_tracks", "tracks", "fewest_moving")] == [5, 9, 5]
 
 
-def test_the_published_run_is_analysed_again_from_its_file(tmp_path):
+@pytest.mark.parametrize("folder, shown, outlines, sentences", [
+    ("ablation", (183, 192), "–", [                     # "–": its judges did not look at outlines yet
+        "motions as units, which the clips repeat: -0.130 (-0.177 to -0.082), 8 of 8 of this sign",
+        "motions as units, which the clips repeat: -0.099 (-0.141 to -0.058), 8 of 8 of this sign",
+        "+0.079 (+0.040 to +0.118)", "Temporal Consistency -0.0032 (-0.0052 to -0.0012)",
+        "base alone closes 0.63 and full 0.82: full closes 0.51 of what base leaves"]),
+    ("ablation/tiny16", (88, 96), "0.956 ± 0.022", [
+        "motions as units, which the clips repeat: -0.373 (-0.522 to -0.225), 8 of 8 of this sign",
+        "motions as units, which the clips repeat: -0.365 (-0.510 to -0.219), 8 of 8 of this sign",
+        "+0.362 (+0.272 to +0.453)", "Temporal Consistency -0.0142 (-0.0209 to -0.0076)",
+        "base alone closes 0.20 and full 0.72: full closes 0.64 of what base leaves"])])
+def test_a_published_run_is_analysed_again_from_its_file(tmp_path, folder, shown, outlines, sentences):
     """Every number and sentence of data/ablation comes from its cells, without pixels."""
-    published = ROOT / "data" / "ablation"
+    published = ROOT / "data" / folder
     shutil.copy(published / "results.json", tmp_path)
     assert eval_mi.main(["--report", "--out", str(tmp_path)]) == 0
     for name in ("results.json", "results.md", "results.svg"):
         assert (tmp_path / name).read_text("utf-8") == (published / name).read_text("utf-8"), name
     text = (tmp_path / "results.md").read_text("utf-8")
-    for said in ("motions as units, which the clips repeat: -0.130 (-0.177 to -0.082), 8 of 8 of this sign",
-                 "motions as units, which the clips repeat: -0.099 (-0.141 to -0.058), 8 of 8 of this sign",
-                 "+0.079 (+0.040 to +0.118)", "Temporal Consistency -0.0032 (-0.0052 to -0.0012)",
-                 "base alone closes 0.63 and full 0.82: full closes 0.51 of what base leaves"):
-        assert said in text
+    assert all(said in text for said in sentences)
     full = [c["scores"] for c in json.loads((published / "results.json").read_text())["cells"]
             if c["variant"] == "full"]
-    assert sum(scores["attributes"] for scores in full) == 183 and len(full) == 192
+    assert (sum(scores["attributes"] for scores in full), len(full)) == shown
     details = [line.split(" | ") for line in text.splitlines()
-               if " training s " in line or "| full | 3072" in line]
-    assert dict(zip(*details))["Shape in frames ↑"] == "–"       # its judges did not look at outlines yet
+               if " training s " in line or f"| full | {16 * len(full)}" in line]
+    assert dict(zip(*details))["Shape in frames ↑"] == outlines
 
 
 def test_sentences_say_what_the_numbers_say():
